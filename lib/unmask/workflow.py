@@ -1,0 +1,302 @@
+"""Run the study: which notebook needs what, and `run_all.sh` over it (`python -m unmask.workflow --help`).
+
+Snakemake decides what to run; this module declares the chapters, writes them out for one run as a plan that the
+Snakefile reads, and shows how far the run is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from unmask.plan import Chapter, WorkflowError, make_plan, out_of_date
+from unmask.profile import ROOT, Profile, ProfileError, load_profile, parse_changes, write_atomic
+from unmask.progress import MARK, clock
+
+CHAPTERS = (
+    Chapter("00_data", keys=("data", "world", "seed")),
+    Chapter("01_preprocessing", needs=("00_data",), keys=("preprocess",)),
+    Chapter("04_sbi", needs=("01_preprocessing",), keys=("sbi",)),
+    Chapter("05_convnext", needs=("01_preprocessing",), keys=("sbi", "convnext", "train", "seed", "seeds")),
+    Chapter("09_cross_dataset", needs=("05_convnext",), keys=("evaluate",)),
+)
+
+
+def select(chapters: Sequence[Chapter], number: str) -> Chapter:
+    """The chapter with this number or stem; WorkflowError naming those there are."""
+    for chapter in chapters:
+        if number in (chapter.number, chapter.stem) or number.zfill(2) == chapter.number:
+            return chapter
+    raise WorkflowError(f"No chapter {number}; there are {', '.join(chapter.stem for chapter in chapters)}.")
+
+
+def study_profile(options: argparse.Namespace, root: Path) -> Profile:
+    """The profile of this run after --data and --set, with the run's name."""
+    changes = parse_changes(options.set, root)
+    if options.data is None:
+        return load_profile(options.profile, changes, root)
+    media = Path(options.data).resolve()
+    if not media.exists():
+        raise WorkflowError(f"--data {options.data}: there is no such folder or manifest.")
+    changes["data.sets"] = [f"{'folder' if media.is_dir() else 'manifest'}={media}"]
+    changes.setdefault("preprocess.locator", "yunet")
+    profile = load_profile(options.profile, changes, root)
+    slug = re.sub(r"[^a-z0-9]+", "-", media.stem.lower()).strip("-") or "data"
+    profile.run = f"{profile.name}-{slug}-{hashlib.sha256(str(media).encode()).hexdigest()[:6]}"
+    return profile
+
+
+def write_run_files(profile: Profile, plan: dict[str, Any], root: Path) -> None:
+    """Leave the run's resolved profile and plan in its work folder, untouched where nothing changed."""
+    resolved = yaml.safe_dump({"name": profile.name, "run": profile.run, **profile.as_dict()}, sort_keys=False)
+    for name, content in (("profile.yaml", resolved), ("plan.json", json.dumps(plan, indent=1) + "\n")):
+        path = root / plan["work"] / name
+        if not path.is_file() or path.read_text(encoding="utf-8") != content:
+            write_atomic(path, content)
+
+
+@contextmanager
+def exclusive(root: Path) -> Iterator[int]:
+    """Hold the repository's run lock (yields its descriptor); WorkflowError if another run has it.
+
+    The kernel drops the lock when its holders end, however they end, so it never has to be cleared by hand.
+    """
+    path = root / "data" / "work" / ".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise WorkflowError(
+                f"Another run is busy in this clone (process {file.read().strip() or 'unknown'}); wait until it ends."
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield file.fileno()
+
+
+class Progress:
+    """Turns the output of a Snakemake run into lines for a person, keeping all of it in a log file."""
+
+    def __init__(self, log: Path):
+        self.log = log
+        self.planned: set[str] = set()
+        self.started: list[str] = []
+        self.done: list[str] = []
+        self.told_failure = False
+        self.tail: list[str] = []
+
+    def follow(self, lines: Iterator[str]) -> None:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.log, "w", encoding="utf-8") as file:
+            for line in lines:
+                file.write(line)
+                file.flush()
+                if line.startswith(MARK):
+                    self._tell(line.removeprefix(MARK).rstrip())
+                elif planned := re.match(r"chapter_(\S+)\s+1$", line):
+                    self.planned.add(planned[1])
+                elif line.strip():
+                    self.tail = [*self.tail[-14:], line.rstrip()]
+
+    def _tell(self, line: str) -> None:
+        chapter, _, what = line.partition(": ")
+        if what == "started":
+            self.started.append(chapter)
+            left = len(self.planned) - len(self.started)
+            what = f"started ({left} more after it)" if left > 0 else "started (the last one)"
+        elif what.startswith("done in"):
+            self.done.append(chapter)
+        elif what.startswith("failed"):
+            self.told_failure = True
+        if chapter in self.planned:
+            position = self.started.index(chapter) + 1 if chapter in self.started else "-"
+            line = f"[{position}/{len(self.planned)}] {chapter}: {what}"
+        print(line, flush=True)
+
+
+def snakemake_command(plan_file: Path, root: Path, jobs: int, forced: list[str], targets: list[str]) -> list[str]:
+    """The Snakemake call of a run; `forced` are rule names, no `targets` means the whole study."""
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(root / "Snakefile"), "--directory", str(root)]
+    command += ["--config", f"plan={plan_file}", "--cores", str(jobs), "--rerun-incomplete", "--nocolor"]
+    if forced:
+        command += ["--forcerun", *forced]
+    return [*command, "--", *targets] if targets else command
+
+
+def job_environment(jobs: int) -> dict[str, str]:
+    """The environment of the jobs: this interpreter as python3, and the cores shared out among them."""
+    environment = dict(os.environ)
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // jobs)))
+    environment["PYTHONUNBUFFERED"] = "1"
+    return environment
+
+
+def available_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_study(
+    plan: dict[str, Any], root: Path, options: argparse.Namespace, forced: list[str], targets: list[str]
+) -> int:
+    """Run what has to be run, showing progress; returns the exit code."""
+    start = time.monotonic()
+    progress = Progress(root / plan["work"] / "logs" / "snakemake.log")
+    command = snakemake_command(root / plan["work"] / "plan.json", root, options.jobs, forced, targets)
+    environment = job_environment(options.jobs)
+    _clear_stale_lock(command, root)
+    with subprocess.Popen(
+        command,
+        cwd=root,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        pass_fds=[options.lock],  # the lock lasts as long as Snakemake, should this process be killed alone
+    ) as process:
+        progress.follow(process.stdout)
+    log = progress.log.relative_to(root)
+    if process.returncode != 0:
+        if not progress.told_failure:
+            print("\n".join(progress.tail))
+        print(f"Stopped after {len(progress.done)} of {len(progress.planned)} notebooks. All output: {log}")
+        print("The same command goes on from here once the cause is mended.")
+        return 1
+    if targets:
+        subprocess.run([sys.executable, "-m", "unmask.report", f"{plan['work']}/profile.yaml"], cwd=root, check=True)
+    if not progress.done:
+        print(f"Nothing to run: every notebook is up to date. Report: {plan['report']}")
+    else:
+        print(f"Done in {clock(time.monotonic() - start)}: {len(progress.done)} notebooks. Report: {plan['report']}")
+    return 0
+
+
+def _clear_stale_lock(command: list[str], root: Path) -> None:
+    # A killed Snakemake leaves its lock behind. We hold the run lock, so nobody else can be using it.
+    locks = root / ".snakemake" / "locks"
+    if locks.is_dir() and any(locks.iterdir()):
+        subprocess.run([*command, "--unlock"], cwd=root, check=True, capture_output=True)
+
+
+def dry_run(
+    plan: dict[str, Any], root: Path, options: argparse.Namespace, forced: list[str], targets: list[str]
+) -> int:
+    """Print which notebooks would run and why; leaves the run's files alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        plan_file = write_atomic(Path(folder) / "plan.json", json.dumps(plan))
+        command = snakemake_command(plan_file, root, options.jobs, forced, targets)
+        command.insert(3, "--dry-run")
+        result = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    output = result.stdout + result.stderr
+    if result.returncode != 0:
+        print(output[-2000:])
+        return 1
+    reasons = dict(re.findall(r"^(?:local)?rule chapter_(\S+):\n(?:    .*\n)*?    reason: (.*)$", output, flags=re.M))
+    for stem, reason in reasons.items():
+        print(f"would run {stem}: {reason}")
+    if not reasons:
+        print("Nothing to run: every notebook is up to date.")
+    return 0
+
+
+def list_chapters(plan: dict[str, Any], root: Path) -> int:
+    """Print every chapter with its state and what it needs."""
+    for step in plan["chapters"]:
+        state = "to run" if out_of_date(step, plan, root) else "done"
+        needs = ", ".join(Path(need).stem for need in step["needs"])
+        print(f"{step['stem']:<24}{state:<8}{'needs ' + needs if needs else ''}".rstrip())
+    return 0
+
+
+def choose(plan: dict[str, Any], chapters: Sequence[Chapter], options: argparse.Namespace, root: Path):
+    """The rules to force and the files to ask for, from --only, --from and what is out of date."""
+    wanted = [select(chapters, number).stem for number in options.only]
+    forced = set(wanted)
+    if options.start:
+        forced |= {chapter.stem for chapter in chapters if chapter.number >= options.start.zfill(2)}
+        if not forced:
+            raise WorkflowError(f"No chapter from {options.start} on; the last is {chapters[-1].stem}.")
+    needed = _with_needs(wanted, chapters) if wanted else {chapter.stem for chapter in chapters}
+    forced |= {step["stem"] for step in plan["chapters"] if out_of_date(step, plan, root)}
+    targets = [step["results"] for step in plan["chapters"] if step["stem"] in wanted]
+    return [chapter.rule for chapter in chapters if chapter.stem in forced & needed], targets
+
+
+def _with_needs(stems: Sequence[str], chapters: Sequence[Chapter]) -> set[str]:
+    by_stem = {chapter.stem: chapter for chapter in chapters}
+    needed: set[str] = set()
+    todo = list(stems)
+    while todo:
+        stem = todo.pop()
+        needed.add(stem)
+        todo += by_stem[stem].needs
+    return needed
+
+
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Options of run_all.sh."""
+    parser = argparse.ArgumentParser(
+        prog="run_all.sh",
+        description="Run the study: every notebook that is not up to date, then the report (figures/report.html).",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--profile", default="demo", help="demo (default), tiny, paper, or a file of your own")
+    parser.add_argument("--data", metavar="FOLDER|MANIFEST", help="your own media instead of the profile's data sets")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the profile")
+    parser.add_argument("--only", action="append", default=[], metavar="NN", help="run this chapter, and what it lacks")
+    parser.add_argument("--from", dest="start", metavar="NN", help="run all chapters from this number on again")
+    parser.add_argument("--list", action="store_true", help="list the chapters and their state")
+    parser.add_argument("--dry-run", action="store_true", help="say what would run, and why")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="notebooks at a time (default 1)")
+    options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error("--jobs must be at least 1")
+    if options.only and options.start:
+        parser.error("--only and --from exclude each other")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None, root: Path = ROOT, chapters: Sequence[Chapter] = CHAPTERS) -> int:
+    """Command line of run_all.sh. Exit code 0 done, 1 a notebook failed, 2 wrong options or another run is busy."""
+    options = parse_options(arguments)
+    try:
+        profile = study_profile(options, root)
+        plan = make_plan(profile, chapters, root)
+        if options.list:
+            return list_chapters(plan, root)
+        forced, targets = choose(plan, chapters, options, root)
+        if options.dry_run:
+            return dry_run(plan, root, options, forced, targets)
+        with exclusive(root) as options.lock:
+            write_run_files(profile, plan, root)
+            return run_study(plan, root, options, forced, targets)
+    except (ProfileError, WorkflowError) as error:
+        print(f"run_all.sh: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted. The same command goes on from here.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
