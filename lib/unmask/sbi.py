@@ -340,4 +340,5 @@ def training_pair(
     sample = self_blend(image, points, rng, recipe)
     real, fake = augment_pair(sample.real, sample.fake, rng, recipe)
     box = crop_box(points, rng)
-    return crop(real, box, size), crop(fake, box, size), crop(sample.mask, box, size)
+    mask = np.minimum(crop(sample.mask, box, size), 1)  # area averages of 1 may round to just above
+    return crop(real, box, size), crop(fake, box, size), mask

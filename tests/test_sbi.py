@@ -1,0 +1,509 @@
+"""Self-blending: every step re-derived by other means, ranges counted over many draws, edge cases."""
+
+import colorsys
+from collections import Counter
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+from matplotlib.path import Path as Polygon
+from scipy import ndimage
+
+from unmask import hulls, sbi
+
+NO_COLOUR = sbi.ColourDraw(rgb=None, hsv=None, contrast=None)
+
+
+def face(centre=(64.0, 68.0), side=64.0, points=81):
+    """Canonical upright landmarks, jaw `side` px wide; symmetric about the centre column."""
+    angle = np.linspace(0, np.pi, 17)
+    jaw = np.c_[-0.5 * np.cos(angle), 0.75 * np.sin(angle) - 0.2]
+    brow = np.c_[np.linspace(-0.42, -0.1, 5), [-0.28, -0.34, -0.36, -0.34, -0.30]]
+    ridge = np.c_[np.zeros(4), np.linspace(-0.18, 0.08, 4)]
+    base = np.c_[np.linspace(-0.1, 0.1, 5), [0.13, 0.15, 0.16, 0.15, 0.13]]
+    eye = np.c_[[-0.34, -0.27, -0.2, -0.13, -0.2, -0.27], [-0.16, -0.2, -0.2, -0.15, -0.13, -0.13]]
+    outer = np.c_[
+        [-0.2, -0.12, -0.05, 0, 0.05, 0.12, 0.2, 0.12, 0.05, 0, -0.05, -0.12],
+        [0.3, 0.26, 0.245, 0.255, 0.245, 0.26, 0.3, 0.35, 0.375, 0.38, 0.375, 0.35],
+    ]
+    inner = np.c_[[-0.16, -0.06, 0, 0.06, 0.16, 0.06, 0, -0.06], [0.3, 0.285, 0.29, 0.285, 0.3, 0.325, 0.33, 0.325]]
+    other_eye = eye[[3, 2, 1, 0, 5, 4]] * [-1, 1]
+    arc = np.linspace(np.pi, 2 * np.pi, 15)[1:-1]
+    forehead = np.c_[0.5 * np.cos(arc), 0.45 * np.sin(arc) - 0.25]
+    shape = np.vstack([jaw, brow, brow[::-1] * [-1, 1], ridge, base, eye, other_eye, outer, inner, forehead])
+    return (shape[:points] * side + centre).astype(np.float32)
+
+
+def cartoon(height=128, width=128, landmarks=None, seed=0):
+    """Skin oval, eyes, mouth on a smooth random background, slightly blurred: uint8[H,W,3]."""
+    landmarks = face((width / 2, height * 0.53), min(height, width) / 2) if landmarks is None else landmarks
+    coarse = np.random.default_rng(seed).uniform(40, 210, (6, 6, 3)).astype(np.float32)
+    image = np.clip(cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC), 0, 255)
+    parts = ((range(0, 81), (205, 160, 130)), (range(36, 42), (250, 250, 250)), (range(42, 48), (250, 250, 250)))
+    for part, colour in (*parts, (range(48, 60), (180, 60, 70)), (range(27, 36), (190, 140, 115))):
+        points = landmarks[[i for i in part if i < len(landmarks)]]
+        cv2.fillConvexPoly(image, cv2.convexHull(np.rint(points).astype(np.int32)), colour)
+    return np.rint(cv2.GaussianBlur(image, (0, 0), 1.5)).astype(np.uint8)
+
+
+def fixed_draw(**changes):
+    """A draw with every change switched off, apart from those given."""
+    still = {"colour": NO_COLOUR, "down_factor": 1, "sharpen": (0.0, 1.0), "translate": (0, 0), "scale": (1, 1)}
+    soft = {"soft_shape": (224, 200), "erode_kernel": 7, "blur_kernel": 9, "blur_sigma": 9, "ratio": 1.0}
+    kind = {"first_68": False, "hull": "convex", "transform_source": True}
+    return replace(sbi.draw_blend(np.random.default_rng(3)), **{**still, **soft, **kind, **changes})
+
+
+# --- geometry ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", hulls.HULLS)
+@pytest.mark.parametrize("centre", [(64.3, 70.8), (8.0, 30.5)])
+def test_hull_mask_is_the_union_of_its_polygons(kind, centre):
+    mask = hulls.hull_mask(face(centre), (128, 120), kind)
+    grid = np.stack(np.meshgrid(np.arange(120), np.arange(128)), -1).reshape(-1, 2)
+    inside, near_edge = np.zeros(len(grid), bool), np.zeros(len(grid), bool)
+    for polygon in hulls.hull_polygons(face(centre), kind):
+        inside |= Polygon(polygon).contains_points(grid)
+        distance = [cv2.pointPolygonTest(polygon, (float(x), float(y)), True) for x, y in grid]
+        near_edge |= np.abs(distance) <= 1
+    assert set(np.unique(mask)) == {0.0, 1.0}
+    assert np.array_equal(mask.ravel()[~near_edge] > 0, inside[~near_edge])
+
+
+def test_hull_kinds_cover_what_their_names_say():
+    points, shape = face((64, 70), 80), (160, 128)
+    mask = {kind: hulls.hull_mask(points, shape, kind) > 0 for kind in hulls.HULLS}
+    convex_68 = hulls.hull_mask(points[:68], shape, "convex") > 0
+    assert (convex_68 <= mask["convex"]).all() and mask["convex"].sum() > 1.1 * convex_68.sum()
+    assert (mask["components"] <= mask["extended"]).all() and mask["components"].sum() < mask["extended"].sum()
+    assert mask["components"][int(points[57, 1]), int(points[57, 0])]
+    inside_68 = cv2.dilate(convex_68.astype(np.uint8), np.ones((3, 3))) > 0
+    assert (mask["components"] <= inside_68).all() and (mask["dfl_full"] <= inside_68).all()
+    # Brows rise by half of their distance to the eye (middle brow point 19 stands over eye point 37).
+    top = {kind: np.flatnonzero(mask[kind][:, int(points[19, 0])])[0] for kind in ("components", "extended")}
+    assert top["components"] - top["extended"] == pytest.approx((points[37, 1] - points[19, 1]) / 2, abs=1.5)
+    with pytest.raises(ValueError, match="dfl_full"):
+        hulls.hull_mask(points, shape, "oval")
+
+
+@pytest.mark.parametrize("points", [68, 81])
+def test_flip_mirrors_and_renames(points):
+    landmarks = np.rint(face((60, 68), points=points) * 4) / 4
+    image = cartoon(128, 128, face((60, 68)))
+    flipped, mirrored = sbi.flip(image, landmarks)
+    assert np.array_equal(flipped, image[:, ::-1])
+    again, back = sbi.flip(flipped, mirrored)
+    assert np.array_equal(again, image) and np.array_equal(back, landmarks)
+    # The canonical face is symmetric: mirrored landmarks are the same face about the mirrored centre.
+    expected = face((127 - 60, 68), points=points)
+    np.testing.assert_allclose(mirrored, expected, atol=0.3)
+    assert mirrored[36, 0] < mirrored[45, 0] and mirrored[0, 0] < mirrored[16, 0]
+    if points == 81:
+        assert (np.diff(mirrored[68:, 0]) > 0).all()
+
+
+def test_crop_box_expands_each_side_on_its_own():
+    points = face((80, 90), 60)
+    x0, y0, x1, y1 = hulls.face_box(points)
+    width, height = x1 - x0, y1 - y0
+    still = sbi.crop_box(points)
+    np.testing.assert_allclose(still, [x0 - width / 8, y0 - height / 8, x1 + width / 8, y1 + height / 8], rtol=1e-5)
+    rng = np.random.default_rng(0)
+    shares = np.array([(sbi.crop_box(points, rng) - [x0, y0, x1, y1]) / [-width, -height, width, height]
+                       for _ in range(1000)])  # fmt: skip
+    assert shares.min() >= 0.0499 and shares.max() <= 0.2001
+    assert (shares.min(axis=0) < 0.06).all() and (shares.max(axis=0) > 0.19).all()
+    assert np.abs(np.corrcoef(shares.T) - np.eye(4)).max() < 0.12
+
+
+def test_crop_averages_when_shrinking_repeats_edges_and_keeps_pixels():
+    image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    assert np.array_equal(sbi.crop(image, [10, 5, 30, 25], 20), image[5:25, 10:30])
+    blocks = image[4:36, 8:40].reshape(8, 4, 8, 4, 3).mean(axis=(1, 3))
+    assert np.abs(sbi.crop(image, [8, 4, 40, 36], 8) - blocks).max() <= 0.51
+    padded = np.pad(image, ((6, 0), (4, 0), (0, 0)), mode="edge")
+    assert np.array_equal(sbi.crop(image, np.array([-4, -6, 16, 14.0]), 20), padded[:20, :20])
+    for box in ([100, 5, 120, 25], [-1e6, -1e6, 1e6, 1e6]):
+        with pytest.raises(ValueError, match="pixels"):
+            sbi.crop(image, box, 20)
+
+
+def test_loose_box_is_the_published_margin_clipped():
+    points = face((300, 300), 100)
+    x0, y0, x1, y1 = hulls.face_box(points[:68])
+    box = sbi.loose_box(points, (600, 600))
+    width, height = x1 - x0, y1 - y0
+    expected = [x0 - width / 2, y0 - height, x1 + width / 2, y1 + 0.4 * height]
+    np.testing.assert_allclose(box, expected, atol=2)
+    assert sbi.loose_box(points, (310, 320))[2:] == (320, 310)
+
+
+# --- mask and blend, re-derived ------------------------------------------------------------------------------------
+
+
+def test_affine_of_source_matches_scipy():
+    image = cartoon(120, 150)
+    draw = fixed_draw(translate=(0.03, -0.015), scale=(0.95, 1 / 0.95))
+    result = sbi.blend(image, face((75, 64), 60), draw)
+    y, x = np.mgrid[:120, :150].astype(float)
+    back_x = (x - 74.5 - 0.03 * 150) / 0.95 + 74.5
+    back_y = (y - 59.5 + 0.015 * 120) * 0.95 + 59.5
+    source = np.stack([ndimage.map_coordinates(image[..., c].astype(float), [back_y, back_x], order=1, mode="nearest")
+                       for c in range(3)], -1)  # fmt: skip
+    weight = result.mask[..., None].astype(float)
+    assert (result.mask > 0.99).sum() > 500
+    assert np.abs(result.fake - (weight * source + (1 - weight) * image)).max() <= 1.0
+    assert np.abs(result.fake.astype(int) - image)[result.mask > 0.99].mean() > 1
+
+
+def test_mask_follows_the_affine():
+    points, shape = face((64, 64), 60), (128, 128)
+    image = np.zeros((*shape, 3), np.uint8)
+    rest = sbi.blend(image, points, fixed_draw()).mask
+    moved = sbi.blend(image, points, fixed_draw(translate=(0.03, 0.015))).mask
+    shift = np.subtract(ndimage.center_of_mass(moved), ndimage.center_of_mass(rest))
+    np.testing.assert_allclose(shift, [0.015 * 128, 0.03 * 128], atol=0.3)
+
+
+def test_forehead_is_left_out_on_demand_and_a_face_moved_outside_keeps_its_hull():
+    image = cartoon()
+    whole, part = (sbi.blend(image, face(), fixed_draw(first_68=flag)).mask.sum() for flag in (False, True))
+    assert part < 0.9 * whole
+    assert sbi.blend(image, face(points=68), fixed_draw()).mask.sum() == part
+    sliver = sbi.blend(image, face((-29.5, 64), 62), fixed_draw(translate=(-0.03, 0))).mask
+    assert sliver.any() and sliver[:, 60:].max() == 0
+
+
+def test_soften_erodes_by_half_the_kernel_then_blurs():
+    mask = hulls.hull_mask(face((100, 100), 110), (224, 200), "components")
+    soft = hulls.soften(mask, (224, 200), erode_kernel=11, blur_kernel=15, blur_sigma=6)
+    expected = ndimage.minimum_filter(mask, size=11, mode="mirror").astype(float)
+    taps = np.exp(-(np.arange(-7, 8) ** 2) / (2 * 6.0**2))
+    for axis in (0, 1):
+        expected = ndimage.correlate1d(expected, taps / taps.sum(), axis=axis, mode="mirror")
+    assert np.abs(soft - expected / expected.max()).max() < 1e-4
+
+
+def test_soften_guards_empty_and_thin_masks():
+    empty = hulls.soften(np.zeros((50, 60), np.float32), (200, 210), 25, 5, 5)
+    assert not empty.any() and np.isfinite(empty).all()
+    thin = np.zeros((50, 60), np.float32)
+    thin[25, 20:40] = 1
+    soft = hulls.soften(thin, (200, 210), 25, 5, 5)
+    expected = cv2.GaussianBlur(cv2.resize(thin, (210, 200)), (25, 25), 0)
+    np.testing.assert_allclose(soft, cv2.resize(expected / expected.max(), (60, 50)), atol=1e-5)
+    dot = np.zeros((2000, 2000), np.float32)
+    dot[1000, 1000] = 1
+    assert hulls.soften(dot, (192, 192), 5, 5, 5).max() > 0
+
+
+def measured_displacement(noise, side, std, sigma):
+    """dx seen by a horizontal ramp, away from the picture's edge, where pixels from outside come in."""
+    ramp = np.tile(np.arange(1, side + 1, dtype=np.float32), (side, 1))
+    bent = hulls.elastic(ramp, noise, ((side - 1) / 2, (side - 1) / 2), std, sigma)
+    return (bent - ramp)[12:-12, 12:-12]
+
+
+def test_elastic_has_the_statistics_of_full_resolution_blurred_noise():
+    rng = np.random.default_rng(0)
+    recipe = sbi.RECIPES["faithful"]
+    ours, plain = [], []
+    for _ in range(6):
+        noise = rng.standard_normal((hulls.KNOTS, hulls.KNOTS, 2), dtype=np.float32)
+        ours.append(measured_displacement(noise, 380, recipe.elastic_std, recipe.elastic_sigma))
+        plain.append((ndimage.gaussian_filter(rng.uniform(-1, 1, (380, 380)), 7) * 50)[12:-12, 12:-12])
+    assert np.std(ours) == pytest.approx(np.std(plain), rel=0.08)
+    assert np.std(ours) == pytest.approx(1.2, abs=0.12)
+    assert np.mean(np.abs(ours).max(axis=(1, 2))) == pytest.approx(4.5, abs=0.6)
+    for lag in (7, 14):
+        together = [np.mean(np.array(f)[..., lag:] * np.array(f)[..., :-lag]) / np.var(f) for f in (ours, plain)]
+        assert together[0] == pytest.approx(together[1], abs=0.06)
+        assert together[0] == pytest.approx(np.exp(-(lag**2) / (4 * 7**2)), abs=0.06)
+
+
+def test_elastic_grows_with_the_face_in_intended_only(monkeypatch):
+    used = []
+    monkeypatch.setattr(sbi, "elastic", lambda mask, noise, centre, std, sigma: used.append((std, sigma)) or mask)
+    for name in ("intended", "faithful"):
+        for side in (95, 190):  # widest extent of the canonical 68 points
+            sbi.blend(np.zeros((400, 400, 3), np.uint8), face((200, 220), side), fixed_draw(), name)
+    np.testing.assert_allclose(used, [(0.58, 3.5), (1.16, 7), (1.16, 7), (1.16, 7)], rtol=0.01)
+
+
+@pytest.mark.parametrize("recipe", sbi.RECIPES)
+def test_blend_arithmetic_on_constant_colour(recipe):
+    image = np.full((96, 96, 3), (120, 90, 60), np.uint8)
+    colour = sbi.ColourDraw(rgb=np.array([10.0, -5.0, 2.0]), hsv=None, contrast=np.array([0.05, -0.1]))
+    altered = ((np.array([120, 90, 60]) + [10, -5, 2]) * 0.9 + 0.05 * 255) * (1 - 0.3 + 0.3 * 0.8)
+    for from_source in (True, False):
+        draw = fixed_draw(colour=colour, sharpen=(0.3, 0.8), transform_source=from_source, ratio=0.5)
+        result = sbi.blend(image, face((48, 52), 50), draw, recipe)
+        source, target = (altered, image[0, 0]) if from_source else (image[0, 0], np.rint(altered))
+        assert np.array_equal(result.real, np.broadcast_to(np.rint(target), image.shape))
+        weight = result.mask[..., None]
+        assert np.abs(result.fake - (weight * source + (1 - weight) * target)).max() <= 0.51
+        assert result.mask.max() == pytest.approx(0.5, abs=0.01)
+        np.testing.assert_allclose(result.boundary, 4 * result.mask * (1 - result.mask))
+    draw = fixed_draw(colour=colour, down_factor=4, transform_source=False)
+    assert np.abs(sbi.blend(image, face((48, 52), 50), draw, recipe).real[0, 0] - altered / 0.94).max() <= 0.51
+
+
+def test_hsv_intended_matches_colorsys_and_wraps():
+    image = cartoon(64, 64, seed=4)
+    image[:2, :2] = [[(255, 0, 4), (130, 130, 130)], [(0, 0, 0), (4, 0, 255)]]
+    draw = fixed_draw(transform_source=False, colour=replace(NO_COLOUR, hsv=np.array([-0.05, 0.25, -0.2])))
+    real = sbi.blend(image, face((32, 36), 32), draw).real
+    for y in range(0, 64, 3):
+        for x in range(0, 64, 3):
+            for row, column in ((y, x), (y % 2, x % 2)):
+                hue, saturation, value = colorsys.rgb_to_hsv(*(image[row, column] / 255.0))
+                expected = colorsys.hsv_to_rgb((hue - 0.05) % 1, min(saturation * 1.25, 1), min(value * 0.8, 1))
+                assert np.abs(real[row, column] / 255 - expected).max() <= 0.7 / 255
+
+
+def test_hsv_faithful_cuts_off_fractions_of_eight_bit_units():
+    image = cartoon(64, 64, seed=4)
+    image[0, 0] = (200, 40, 40)  # hue 0
+    draw = fixed_draw(transform_source=False, colour=replace(NO_COLOUR, hsv=np.array([-0.2, 0.3, -0.1])))
+    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV).astype(int)
+    assert hsv[0, 0, 0] == 0 and hsv[..., 2].min() > 0
+    expected = np.stack([(hsv[..., 0] - 1) % 180, hsv[..., 1], hsv[..., 2] - 1], -1).astype(np.uint8)
+    real = sbi.blend(image, face((32, 36), 32), draw, "faithful").real
+    assert np.array_equal(real, cv2.cvtColor(expected, cv2.COLOR_HSV2RGB))
+
+
+def test_hsv_faithful_is_nearly_nothing_and_intended_is_not():
+    image = cartoon(seed=2)
+    change = {}
+    for name, recipe in sbi.RECIPES.items():
+        only_hsv = replace(recipe.single, p_rgb=0, p_contrast=0)
+        quiet = replace(recipe, single=only_hsv, p_source=0, sharpen_alpha=(0, 0))
+        results = [sbi.draw_blend(np.random.default_rng(seed), quiet) for seed in range(40)]
+        reals = [sbi.blend(image, face(), replace(draw, down_factor=1), quiet).real for draw in results]
+        change[name] = np.mean([np.abs(real.astype(int) - image).mean() for real in reals])
+    assert 0.3 < change["faithful"] < 2.0
+    assert change["intended"] > 8
+
+
+def test_down_scaling_samples_nearest_and_returns_bilinear():
+    image = cartoon(96, 128)
+    draw = fixed_draw(transform_source=False, down_factor=4)
+    small = image[::4, ::4].astype(float)
+    rows, columns = ((np.arange(96) + 0.5) / 4 - 0.5, (np.arange(128) + 0.5) / 4 - 0.5)
+    grid = np.meshgrid(rows, columns, indexing="ij")
+    expected = np.stack([ndimage.map_coordinates(small[..., c], grid, order=1, mode="nearest") for c in range(3)], -1)
+    assert np.abs(sbi.blend(image, face(), draw).real - expected).max() <= 1.0
+
+
+# --- draws ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def draws():
+    rng = np.random.default_rng(11)
+    return [sbi.draw_blend(rng) for _ in range(1000)]
+
+
+def share(flags):
+    return np.mean(list(flags))
+
+
+def test_discrete_choices_have_their_probabilities(draws):
+    """1000 draws: four standard errors are at most 0.063."""
+    assert share(d.first_68 for d in draws) == pytest.approx(0.25, abs=0.055)
+    assert share(d.transform_source for d in draws) == pytest.approx(0.5, abs=0.063)
+    assert share(d.colour.rgb is not None for d in draws) == pytest.approx(0.3, abs=0.058)
+    assert all(d.colour.hsv is not None and d.colour.contrast is not None for d in draws)
+    for counts, expected in (
+        (Counter(d.hull for d in draws), dict.fromkeys(hulls.HULLS, 0.25)),
+        (Counter(d.ratio for d in draws), {0.25: 1 / 6, 0.5: 1 / 6, 0.75: 1 / 6, 1.0: 0.5}),
+        (Counter(d.down_factor for d in draws), {1: 0.5, 2: 0.25, 4: 0.25}),
+        (Counter(d.erode_kernel for d in draws), dict.fromkeys(range(5, 26, 2), 1 / 11)),
+        (Counter(d.blur_kernel for d in draws), dict.fromkeys(range(5, 26, 2), 1 / 11)),
+        (Counter(d.blur_sigma for d in draws), dict.fromkeys(range(5, 46), 1 / 41)),
+    ):
+        assert set(counts) == set(expected)
+        for value, probability in expected.items():
+            four_errors = 4 * np.sqrt(probability * (1 - probability) / 1000)
+            assert counts[value] / 1000 == pytest.approx(probability, abs=four_errors), value
+
+
+def test_continuous_choices_fill_their_ranges(draws):
+    def column(pick):
+        return np.array([pick(d) for d in draws if pick(d) is not None]).reshape(-1)
+
+    ranges = {
+        "x": (column(lambda d: d.translate[0]), -0.03, 0.03),
+        "y": (column(lambda d: d.translate[1]), -0.015, 0.015),
+        "scale x": (column(lambda d: d.scale[0]), 0.95, 1 / 0.95),
+        "scale y": (column(lambda d: d.scale[1]), 0.95, 1 / 0.95),
+        "rgb": (column(lambda d: d.colour.rgb), -20, 20),
+        "hue": (column(lambda d: d.colour.hsv[0]), -0.05, 0.05),
+        "saturation": (column(lambda d: d.colour.hsv[1]), -0.3, 0.3),
+        "value": (column(lambda d: d.colour.hsv[2]), -0.3, 0.3),
+        "brightness, contrast": (column(lambda d: d.colour.contrast), -0.1, 0.1),
+        "alpha": (column(lambda d: d.sharpen[0]), 0.2, 0.5),
+        "lightness": (column(lambda d: d.sharpen[1]), 0.5, 1.0),
+        "rows": (column(lambda d: d.soft_shape[0]), 192, 256),
+        "columns": (column(lambda d: d.soft_shape[1]), 192, 256),
+    }
+    for name, (values, low, high) in ranges.items():
+        part = (values - low) / (high - low)
+        assert -1e-9 <= part.min() < 0.02 and 0.98 < part.max() <= 1 + 1e-9, name
+        assert part.mean() == pytest.approx(0.5, abs=4 * 0.29 / np.sqrt(len(values))), name
+    assert abs(np.corrcoef(ranges["scale x"][0], ranges["scale y"][0])[0, 1]) < 0.13
+
+
+def test_thousand_small_blends_keep_their_promises():
+    """Counts on the results themselves, both recipes: who was transformed, peak weights, outside and inside."""
+    image, points = cartoon(48, 48), face((24, 26), 26)
+    rng = np.random.default_rng(5)
+    untouched, peaks, inside = [], [], []
+    for number in range(1000):
+        result = sbi.self_blend(image, points if number % 3 else points[:68], rng, list(sbi.RECIPES)[number % 2])
+        outside = result.mask == 0
+        assert np.array_equal(result.fake[outside], result.real[outside])
+        assert np.isfinite(result.mask).all() and 0 < result.mask.max() <= 1 and result.mask.min() == 0
+        np.testing.assert_allclose(result.boundary, 4 * result.mask * (1 - result.mask))
+        untouched.append(np.array_equal(result.real, image))
+        peaks.append(float(np.rint(result.mask.max() * 4) / 4))
+        inside.append((result.fake != result.real)[result.mask > 0.9].any() or result.mask.max() < 0.9)
+    assert np.mean(untouched) == pytest.approx(0.5, abs=0.063)
+    assert Counter(peaks)[1.0] / 1000 == pytest.approx(0.5, abs=0.063)
+    assert all(Counter(peaks)[ratio] / 1000 == pytest.approx(1 / 6, abs=0.05) for ratio in (0.25, 0.5, 0.75))
+    assert all(inside)
+
+
+def test_same_seed_same_bytes_and_replay_in_any_order():
+    image, points = cartoon(), face()
+
+    def sample(frame, epoch=0):
+        return [a.tobytes() for a in sbi.training_pair(image, points, sbi.sample_rng(7, "0f", frame, epoch), 40)]
+
+    forward = {frame: sample(frame) for frame in range(4)}
+    assert all(sample(frame) == forward[frame] for frame in reversed(range(4)))
+    assert len({pair[1] for pair in forward.values()}) == 4
+    others = [sbi.sample_rng(8, "0f", 0, 0), sbi.sample_rng(7, "0e", 0, 0), sbi.sample_rng(7, "0f", 0, 1)]
+    assert len({rng.random() for rng in [*others, sbi.sample_rng(7, "0f", 0, 0)]}) == 4
+
+
+@pytest.mark.parametrize("recipe", sbi.RECIPES)
+def test_randomness_used_does_not_depend_on_the_picture(recipe):
+    """A clip is replayed by giving each frame the same generator: all steps must take the same draws."""
+    pictures = [(cartoon(), face()), (cartoon(90, 140, face((70, 50), 30)), face((70, 50), 30, 68))]
+    for seed in range(20):
+        ends = []
+        for image, points in pictures:
+            rng = np.random.default_rng(seed)
+            sbi.training_pair(image, points, rng, 32, recipe)
+            ends.append(rng.random())
+        assert ends[0] == ends[1]
+
+
+# --- pairs and edges -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", sbi.RECIPES)
+def test_augmentation_treats_both_images_alike(recipe):
+    image = cartoon(32, 32)
+    rng = np.random.default_rng(0)
+    unchanged = 0
+    for _ in range(400):
+        left, right = sbi.augment_pair(image, image.copy(), rng, recipe)
+        assert left.dtype == np.uint8 and np.array_equal(left, right)
+        unchanged += np.array_equal(left, image)
+    assert unchanged / 400 == pytest.approx(0.7**3 * 0.5, abs=4 * np.sqrt(0.17 * 0.83 / 400))
+
+
+def test_jpeg_keeps_channel_order_and_quality_matters():
+    image = cartoon(64, 64)
+    still = replace(sbi.RECIPES["intended"].pair, p_rgb=0, p_hsv=0, p_contrast=0)
+    error = {}
+    for quality in (40, 100):
+        recipe = replace(sbi.RECIPES["intended"], pair=still, p_jpeg=1, jpeg_quality=(quality, quality))
+        left, _ = sbi.augment_pair(image, image, np.random.default_rng(0), recipe)
+        error[quality] = np.abs(left.astype(int) - image).mean()
+    assert 0 < error[100] < error[40] < 8
+
+
+def test_training_pair_cuts_the_same_window_from_all_three():
+    """Without JPEG, which mixes blocks, the resized pair is equal wherever the resized mask is 0."""
+    image, points = cartoon(200, 260, face((120, 100), 70)), face((120, 100), 70)
+    recipe = replace(sbi.RECIPES["intended"], p_jpeg=0)
+    for seed in range(40):
+        real, fake, mask = sbi.training_pair(image, points, np.random.default_rng(seed), 48, recipe)
+        assert real.shape == fake.shape == (48, 48, 3) and real.dtype == fake.dtype == np.uint8
+        assert mask.shape == (48, 48) and mask.dtype == np.float32 and 0.2 < mask.max() <= 1
+        assert np.array_equal(real[mask == 0], fake[mask == 0]) and not np.array_equal(real, fake)
+
+
+def test_training_pair_flips_half_and_frames_the_face():
+    """Left half black, right half white, no other change: the flip is seen in the result."""
+    image = np.zeros((200, 200, 3), np.uint8)
+    image[:, 100:] = 255
+    off = {"p_rgb": 0, "p_hsv": 0, "p_contrast": 0}
+    base = sbi.RECIPES["intended"]
+    recipe = replace(base, single=replace(base.single, **off), pair=replace(base.pair, **off), p_jpeg=0)
+    flipped = []
+    for seed in range(300):
+        real, _, _ = sbi.training_pair(image, face((99.5, 100), 60), np.random.default_rng(seed), 32, recipe)
+        flipped.append(real[:, 0].mean() > real[:, -1].mean())
+        edge = np.abs(np.diff(real[16, :, 0].astype(int))).argmax()
+        assert 12 <= edge <= 19  # sides move out by 5 to 20 %
+    assert np.mean(flipped) == pytest.approx(0.5, abs=0.12)
+
+
+@pytest.mark.parametrize("points", [68, 81])
+@pytest.mark.parametrize("centre", [(0, 60), (60, -5), (127, 127), (-20, 64), (64, 140)])
+def test_faces_partly_outside_still_blend(points, centre):
+    image = cartoon()
+    for seed in range(15):
+        result = sbi.self_blend(image, face(centre, 60, points), np.random.default_rng(seed))
+        assert result.mask.any() and np.isfinite(result.mask).all()
+        assert np.array_equal(result.fake[result.mask == 0], result.real[result.mask == 0])
+        real, fake, _ = sbi.training_pair(image, face(centre, 60, points), np.random.default_rng(seed), 32)
+        assert real.shape == fake.shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("recipe", sbi.RECIPES)
+@pytest.mark.parametrize("shape", [(24, 20), (480, 640)])
+def test_tiny_faces(recipe, shape):
+    points = face((shape[1] / 2, shape[0] / 2), 8, 68)
+    image = cartoon(*shape)
+    for seed in range(10):
+        result = sbi.self_blend(image, points, np.random.default_rng(seed), recipe)
+        assert result.mask.any() and np.isfinite(result.mask).all()
+        assert sbi.training_pair(image, points, np.random.default_rng(seed), 16, recipe)[2].any()
+
+
+def test_errors_name_the_fix():
+    image, points, rng = cartoon(), face(), np.random.default_rng(0)
+    broken = points.copy()
+    broken[3] = np.nan
+    for bad_image, bad_points, words in (
+        (image, points[:5], "68"),
+        (image, np.zeros((0, 68, 2)), "one face"),
+        (image, broken, "not found"),
+        (image, points + 500, "own pixels"),
+        (image, points * 40, "own pixels"),
+        (image, np.ones((68, 2)), "skip"),
+        (image.astype(np.float32), points, "uint8"),
+        (image[..., 0], points, "RGB"),
+    ):
+        for call in (lambda a, b: sbi.self_blend(a, b, rng), lambda a, b: sbi.training_pair(a, b, rng, 32)):
+            with pytest.raises(ValueError, match=words):
+                call(bad_image, bad_points)
+    with pytest.raises(ValueError, match="intended"):
+        sbi.self_blend(image, points, rng, "published")
+
+
+def test_inputs_are_left_alone():
+    image, points = cartoon(), face()
+    before = image.copy(), points.copy()
+    for seed in range(8):
+        result = sbi.self_blend(image, points, np.random.default_rng(seed))
+        assert not np.shares_memory(result.real, image)
+        sbi.training_pair(image, points, np.random.default_rng(seed), 32)
+    assert np.array_equal(image, before[0]) and np.array_equal(points, before[1])
