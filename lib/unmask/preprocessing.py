@@ -1,0 +1,312 @@
+"""Chapter 1: from media to face crops. Decode, locate, track, align, crop; one row per item, whatever happens."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+from joblib.externals.loky import ProcessPoolExecutor
+
+from unmask.data.crops import (
+    ITEMS_SCHEMA,
+    CropStore,
+    CropWriter,
+    collate,
+    encode_crop,
+    read_items,
+    read_shard,
+    to_table,
+)
+from unmask.data.faces import AnnotationLocator, FaceLocator, LocatorError, build_locator, landmarks_of, track
+from unmask.data.landmarks import eye_angle, stabilised_box
+from unmask.data.manifest import ManifestError, media_path, read_manifest
+from unmask.data.video import Clip, MediaError, read_frames
+from unmask.progress import track as progress
+
+MIN_SIDE = 16  # pixels; less is no picture of a face
+MAX_SIDE = 1920  # pixels; larger frames are shrunk as they are decoded
+_ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides what the crops look like; kept in settings.json beside them. `shards` is their number."""
+
+    locator: str
+    locator_hash: str
+    frames: int
+    size: int
+    margin: float
+    align: bool
+    deadline: float
+    encoding: str
+    shards: int
+    max_side: int = MAX_SIDE
+    version: int = 1
+
+
+@dataclass(frozen=True)
+class Item:
+    """One medium to process: `media` and `annotations` are paths ("" if none); `fault` is a reason not to try."""
+
+    item_id: str
+    media: str
+    annotations: str
+    fault: str = ""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Identity and fingerprint: sizes and times of the files, so that changed media are processed again."""
+        stats = [os.stat(p) for p in (self.media, self.annotations) if p and os.path.exists(p)]
+        return self.item_id, " ".join(f"{s.st_size}:{s.st_mtime_ns}" for s in stats)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `process_item` returns: the item's row and its crops (index columns but the shard's, and `data`)."""
+
+    row: dict
+    crops: list[dict]
+
+
+class _Reject(Exception):
+    """An item that cannot be used; the message is the reason."""
+
+
+def crop_face(frame: np.ndarray, box: np.ndarray, size: int, angle: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Cut a square box float[4] out of uint8[H,W,3], turned by `angle` radians about its centre, resized to `size`.
+
+    Returns the crop uint8[size,size,3] and the map float64[2,3] from frame to crop pixels. Parts of the box outside
+    the frame are black. Shrinking averages areas, so nothing aliases.
+    """
+    x0, y0 = np.round(box[:2]).astype(int)
+    side = max(int(round(float(box[2] - box[0]))), 1)
+    if angle:
+        centre = (x0 + (side - 1) / 2, y0 + (side - 1) / 2)
+        turn = cv2.getRotationMatrix2D(centre, np.degrees(angle), 1.0)
+        turn[:, 2] -= x0, y0
+        cut = cv2.warpAffine(frame, turn, (side, side), flags=cv2.INTER_LINEAR)
+    else:
+        turn = np.array([[1.0, 0, -x0], [0, 1.0, -y0]])
+        cut = np.zeros((side, side, 3), np.uint8)
+        height, width = frame.shape[:2]
+        left, top, right, bottom = max(x0, 0), max(y0, 0), min(x0 + side, width), min(y0 + side, height)
+        if left < right and top < bottom:
+            cut[top - y0 : bottom - y0, left - x0 : right - x0] = frame[top:bottom, left:right]
+    zoom = size / side
+    crop = cv2.resize(cut, (size, size), interpolation=cv2.INTER_AREA if zoom < 1 else cv2.INTER_CUBIC)
+    # Pixel centres are whole numbers: crop = (frame + 0.5) * zoom - 0.5.
+    turn = turn * zoom
+    turn[:, 2] += 0.5 * zoom - 0.5
+    return crop, turn
+
+
+@lru_cache(maxsize=1)
+def _worker_locator(name: str) -> FaceLocator:
+    return build_locator(name)
+
+
+def _locator_for(item: Item, name: str, clip: Clip) -> FaceLocator:
+    if name != AnnotationLocator.name:
+        return _worker_locator(name)
+    if not item.annotations:
+        raise _Reject("no annotations in the manifest")
+    return build_locator(name, path=item.annotations, scale=clip.scale)
+
+
+def _crops(item: Item, clip: Clip, settings: Settings) -> list[dict]:
+    """Locate, track and cut one clip."""
+    locator = _locator_for(item, settings.locator, clip)
+    found = [locator.locate(frame, int(i)) for frame, i in zip(clip.frames, clip.indices, strict=True)]
+    landmarks = landmarks_of(track(found))
+    boxes = stabilised_box(landmarks, settings.margin, clip.pts)
+    crops = []
+    for t, points in enumerate(landmarks):
+        if points is None:
+            continue
+        angle = eye_angle(points) if settings.align else 0.0
+        image, matrix = crop_face(clip.frames[t], boxes[t], settings.size, angle)
+        x0, y0, x1, y1 = (boxes[t] / clip.scale).tolist()
+        inside = points.astype(np.float64) @ matrix[:, :2].T + matrix[:, 2]
+        crops.append({
+            "item_id": item.item_id, "frame": int(clip.indices[t]), "pts": float(clip.pts[t]),
+            "x0": x0, "y0": y0, "x1": x1, "y1": y1, "landmarks": inside.round(3).ravel().tolist(),
+            "locator": locator.name, "locator_hash": locator.hash, "data": encode_crop(image, settings.encoding),
+        })  # fmt: skip
+    return crops
+
+
+def process_item(item: Item, settings: Settings) -> Result:
+    """Process one item; a pure function of the files and settings. Failures become a row with a reason."""
+    start = time.monotonic()
+    row = {"item_id": item.item_id, "status": "failed", "reason": item.fault, "frames": 0, "faces": 0, "decoder": ""}
+    crops: list[dict] = []
+    try:
+        if item.fault:
+            raise _Reject(item.fault)
+        clip = read_frames(item.media, settings.frames, settings.deadline, settings.max_side)
+        row |= {"frames": len(clip.frames), "decoder": clip.decoder}
+        if min(clip.width, clip.height) < MIN_SIDE:
+            raise _Reject(f"frame smaller than {MIN_SIDE} pixels")
+        crops = _crops(item, clip, settings)
+        if not crops:
+            raise _Reject("no face found")
+        row |= {"status": "ok", "faces": len(crops)}
+    except (MediaError, LocatorError, _Reject) as error:
+        row["reason"] = str(error)
+    except Exception as error:  # The unit of work ends here: one odd item must not end a run of thousands.
+        row["reason"] = f"internal error: {type(error).__name__}: {error}"[:200]
+        crops = []
+    return Result(row | {"seconds": round(time.monotonic() - start, 4)}, crops)
+
+
+def _failed(item: Item, reason: str) -> Result:
+    row = {"item_id": item.item_id, "status": "failed", "reason": reason, "frames": 0, "faces": 0, "decoder": ""}
+    return Result(row | {"seconds": 0.0}, [])
+
+
+def _start_worker() -> None:
+    cv2.setNumThreads(1)
+
+
+def _run(items: list[Item], settings: Settings, workers: int, work: Callable = process_item) -> Iterator[Result]:
+    """Results in the order of `items`, from `workers` processes (0: in this one).
+
+    Each process is a pool of its own with one item at a time, so that a death names the item that caused it and
+    costs no other. At most 16 items per worker run ahead of the first unfinished one.
+    """
+    if workers == 0:
+        yield from (work(item, settings) for item in items)
+        return
+    pools: list[ProcessPoolExecutor | None] = [None] * min(workers, len(items))
+    running: dict[Future, tuple[int, int]] = {}
+    ready: dict[int, Result] = {}
+    idle, head, following = list(range(len(pools))), 0, 0
+    try:
+        while head < len(items):
+            while idle and following < min(len(items), head + 16 * workers):
+                slot = idle.pop()
+                if pools[slot] is None:
+                    pools[slot] = ProcessPoolExecutor(1, initializer=_start_worker, env=_ONE_THREAD)
+                running[pools[slot].submit(work, items[following], settings)] = slot, following
+                following += 1
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                slot, i = running.pop(future)
+                idle.append(slot)
+                try:
+                    ready[i] = future.result()
+                except BrokenProcessPool:
+                    pools[slot].shutdown(wait=False)
+                    pools[slot] = None
+                    ready[i] = _failed(items[i], "worker process died (killed or out of memory)")
+            while head in ready:
+                yield ready.pop(head)
+                head += 1
+    finally:
+        for pool in pools:
+            if pool is not None:
+                pool.shutdown(kill_workers=True)
+
+
+def _items(manifest_path: Path) -> list[Item]:
+    items = []
+    for row in read_manifest(manifest_path).to_dict("records"):
+        fault = media = annotations = ""
+        try:
+            media = str(media_path(row, manifest_path).absolute())
+            if row["annotations"]:
+                annotations = str(media_path(row, manifest_path, "annotations").absolute())
+        except ManifestError as error:
+            fault = str(error)
+        items.append(Item(row["item_id"], media, annotations, fault))
+    return items
+
+
+def _prepare(out: Path, settings: Settings) -> None:
+    """Make the folder fit the settings: crops made with other settings are discarded, never mixed."""
+    out.mkdir(parents=True, exist_ok=True)
+    path, wanted = out / "settings.json", json.dumps(asdict(settings), indent=1, sort_keys=True) + "\n"
+    # Jobs of one array start together: only the first may discard, the others find its settings.
+    with open(out / "settings.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists() and path.read_text() == wanted:
+            return
+        old = [p for p in (out / "shards").glob("crops-*") if not p.name.endswith(".lock")]
+        old += [p for p in (out / "crops.parquet", out / "items.parquet") if p.exists()]
+        if old:
+            print(f"The settings have changed: discarding the earlier crops in {out.name}.", file=sys.stderr)
+        for file in old:
+            file.unlink()
+        part = path.with_suffix(".json.part")
+        part.write_text(wanted)
+        os.replace(part, path)
+
+
+def preprocess(
+    manifest_path: str | os.PathLike,
+    out: str | os.PathLike,
+    locator: str = "annotations",
+    frames: int = 8,
+    size: int = 160,
+    margin: float = 0.3,
+    align: bool = False,
+    deadline: float = 30.0,
+    encoding: str = "png",
+    shard: tuple[int, int] = (0, 1),
+    workers: int = 2,
+) -> pd.DataFrame:
+    """Cut face crops of all items of a manifest into the folder `out`; returns their items table.
+
+    `frames` per item spread over the clip, crops of `size` pixels with `margin` (share of the face) on each side,
+    `deadline` seconds of decoding per item. `shard=(i, n)` does every n-th item from the i-th on, for job arrays; the
+    call that completes the last shard writes crops.parquet and items.parquet, others return their own rows. Stopped
+    at any point, the same call goes on where it was. `workers=0` runs in this process. Every item gets a row; raises
+    LocatorError if the locator cannot work at all, ManifestError for a broken manifest.
+    """
+    manifest_path, out = Path(manifest_path), Path(out)
+    number, of = shard
+    if not 0 <= number < of:
+        raise ValueError(f"Shard {number} of {of} does not exist; shards count from 0.")
+    encode_crop(np.zeros((1, 1, 3), np.uint8), encoding)
+    stamp = "" if locator == AnnotationLocator.name else build_locator(locator).hash
+    settings = Settings(locator, stamp, frames, size, margin, align, deadline, encoding, of)
+    items = _items(manifest_path)[number::of]
+    _prepare(out, settings)
+    with CropWriter(out, number, of) as writer:
+        keys = [item.key for item in items]
+        done = writer.resume(keys)
+        for i, result in enumerate(progress(_run(items[done:], settings, workers), len(items) - done, "preprocessing")):
+            writer.add(keys[done + i], result.row, result.crops, encoding)
+        writer.finish()
+    if collate(out, of):
+        return read_items(out)
+    return to_table([line["item"] for line in read_shard(out, number, of)], ITEMS_SCHEMA)
+
+
+def failures(items: pd.DataFrame) -> pd.DataFrame:
+    """Failed items by reason: columns `reason`, `items` (count) and `share` of all items, most frequent first."""
+    counts = items.loc[items["status"] == "failed", "reason"].value_counts()
+    table = pd.DataFrame({"reason": counts.index.astype("str"), "items": counts.to_numpy()})
+    return table.assign(share=table["items"] / max(len(items), 1))
+
+
+def contact_sheet(store: CropStore, index: pd.DataFrame, columns: int = 8, cell: int = 96) -> np.ndarray:
+    """The crops of `index` in reading order as one picture uint8[rows*cell, columns*cell, 3] RGB."""
+    rows = max(-(-len(index) // columns), 1)
+    sheet = np.full((rows * cell, columns * cell, 3), 255, np.uint8)
+    for k, (_, row) in enumerate(index.iterrows()):
+        y, x = cell * (k // columns), cell * (k % columns)
+        sheet[y : y + cell, x : x + cell] = cv2.resize(store.image(row), (cell, cell), interpolation=cv2.INTER_AREA)
+    return sheet
