@@ -1,0 +1,281 @@
+"""The workflow on a small tree of its own: three trivial notebooks, real Snakemake, real papermill."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from unmask.plan import Chapter, import_closure, notebook_modules, out_of_date
+from unmask.profile import ROOT, load_profile
+from unmask.workflow import CHAPTERS, make_plan, parse_options, study_profile
+
+SCHEMA = """
+seed: 0
+seeds: 1
+workers: 2
+data: {sets: ["world=a"]}
+preprocess: {locator: annotations}
+alpha: {x: 1, wait: 0.0, broken: false}
+beta: {y: 1}
+"""
+DRIVER = """
+import sys
+from pathlib import Path
+from unmask.plan import Chapter
+from unmask.workflow import main
+chapters = [Chapter("00_first", keys=("alpha",)), Chapter("01_second", ("00_first",), ("beta",)), Chapter("02_other")]
+sys.exit(main(sys.argv[1:], Path(__file__).parent, chapters))
+"""
+OPEN = "from unmask.profile import open_study\nstudy = open_study(profile, changes)"
+FIRST = """import time
+time.sleep(study.profile.alpha.wait)
+if study.profile.alpha.broken:
+    raise ValueError("the glass is broken")
+study.results("00_first", {"x": study.profile.alpha.x})"""
+SECOND = """study.input("results/00_first.json", made_by="00_first")
+study.results("01_second", {"y": study.profile.beta.y})"""
+OTHER = 'study.results("02_other", {})'
+
+
+def notebook(*code, parameters='profile = "demo"\nchanges = {}'):
+    cells = [nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})]
+    cells += [nbformat.v4.new_code_cell(source) for source in code]
+    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    return nbformat.v4.new_notebook(cells=cells, metadata=metadata)
+
+
+def make_tree(root):
+    (root / "profiles").mkdir(parents=True)
+    (root / "notebooks").mkdir()
+    (root / "profiles" / "demo.yaml").write_text(SCHEMA)
+    (root / "profiles" / "tiny.yaml").write_text("beta: {y: 2}\n")
+    (root / "study.py").write_text(DRIVER)
+    shutil.copy(ROOT / "Snakefile", root)
+    for stem, code in (("00_first", FIRST), ("01_second", SECOND), ("02_other", OTHER)):
+        nbformat.write(notebook(OPEN, code), root / "notebooks" / f"{stem}.ipynb")
+    return root
+
+
+def start(root, *options, **more):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "lib"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(root / "study.py"), *options]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more
+    )
+
+
+def run(root, *options):
+    process = start(root, *options)
+    output, _ = process.communicate(timeout=120)
+    return process.returncode, output
+
+
+def ran(output):
+    return {stem for stem in ("00_first", "01_second", "02_other") if f"{stem}: done in" in output}
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A tree whose study was run once; its tests leave it up to date."""
+    root = make_tree(tmp_path_factory.mktemp("kit") / "with space")
+    code, output = run(root)
+    assert code == 0, output
+    assert ran(output) == {"00_first", "01_second", "02_other"}
+    assert "[3/3]" in output and "cell" not in output.splitlines()[-1]
+    return root
+
+
+def test_run_leaves_executed_copies_logs_results_and_report(tree):
+    work = tree / "data" / "work" / "demo"
+    for stem in ("00_first", "01_second", "02_other"):
+        assert (work / "notebooks" / f"{stem}.ipynb").is_file()
+        assert "Executing Cell" in (work / "logs" / f"{stem}.log").read_text()
+        assert json.loads((work / "results" / f"{stem}.json").read_text())["fingerprint"]
+    assert "00_first" in (tree / "figures" / "report.html").read_text()
+
+
+def test_second_run_runs_nothing_and_is_quick(tree):
+    before = (tree / "data/work/demo/profile.yaml").stat().st_mtime_ns
+    begin = time.monotonic()
+    code, output = run(tree)
+    assert code == 0 and not ran(output) and "Nothing to run" in output
+    assert time.monotonic() - begin < 20
+    assert (tree / "data/work/demo/profile.yaml").stat().st_mtime_ns == before
+
+
+def test_changed_key_reruns_only_its_chapter_and_dependants(tree):
+    assert ran(run(tree, "--set", "beta.y=5")[1]) == {"01_second"}
+    assert ran(run(tree, "--set", "beta.y=5", "--set", "alpha.x=2", "--jobs", "2")[1]) == {"00_first", "01_second"}
+    code, output = run(tree, "--set", "beta.y=5", "--set", "alpha.x=2", "--set", "workers=7")
+    assert code == 0 and not ran(output)
+    run(tree)
+
+
+def test_only_and_from_force(tree):
+    assert ran(run(tree, "--only", "02")[1]) == {"02_other"}
+    assert ran(run(tree, "--from", "1")[1]) == {"01_second", "02_other"}
+
+
+def test_only_on_an_upstream_change_leaves_dependants_out_of_date(tree):
+    assert ran(run(tree, "--set", "alpha.x=9", "--only", "0")[1]) == {"00_first"}
+    assert ran(run(tree, "--set", "alpha.x=9")[1]) == {"01_second"}
+    run(tree)
+
+
+def test_results_overwritten_by_hand_are_made_again(tree):
+    results = tree / "data/work/demo/results/02_other.json"
+    content = json.loads(results.read_text())
+    del content["fingerprint"]
+    results.write_text(json.dumps(content))
+    assert ran(run(tree)[1]) == {"02_other"}
+
+
+def test_list_and_dry_run_leave_everything_alone(tree):
+    code, output = run(tree, "--list", "--set", "beta.y=8")
+    assert code == 0
+    assert [line.split()[1:3] for line in output.splitlines()] == [["done"], ["to", "run"], ["done"]]
+    code, output = run(tree, "--dry-run", "--set", "beta.y=8")
+    assert code == 0 and "would run 01_second" in output and "00_first" not in output
+    assert not ran(run(tree)[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "alpha.z=2"], "Unknown profile key alpha.z"),
+        (["--set", "alfa.x=2"], "Did you mean alpha?"),
+        (["--set", "alpha.x=many"], "alpha.x must be a whole number"),
+        (["--set", "alpha.x"], "KEY=VALUE"),
+        (["--profile", "dmo"], "there are demo, tiny"),
+        (["--only", "44"], "No chapter 44"),
+        (["--from", "44"], "No chapter from 44 on"),
+        (["--data", "nowhere"], "no such folder"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_runs(tree, options, message):
+    code, output = run(tree, *options)
+    assert code == 2 and message in output and "started" not in output
+
+
+def test_mistyped_papermill_parameter_is_refused(tree, tmp_path):
+    command = [sys.executable, "-m", "unmask.headless", str(tree / "notebooks/02_other.ipynb"), "--work", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "lib")}
+    result = subprocess.run([*command, "-p", "proflie", "demo"], env=environment, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "no parameter proflie" in result.stdout and "profile" in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_failing_notebook_is_reported_and_the_run_goes_on_from_there(tmp_path):
+    root = make_tree(tmp_path)
+    code, output = run(root, "--set", "alpha.broken=true")
+    assert code == 1
+    assert "00_first: failed in cell 4/4" in output and "ValueError: the glass is broken" in output
+    executed = "data/work/demo/notebooks/00_first.ipynb"
+    assert f"executed copy: {executed}" in output and (root / executed).is_file()
+    assert not (root / "data/work/demo/results/00_first.json").exists()
+    assert not (root / "data/work/demo/results/01_second.json").exists()
+    nbformat.write(notebook(OPEN), root / "notebooks" / "00_first.ipynb")
+    code, output = run(root, "--only", "0")
+    assert code == 1 and "left no" in output
+
+
+def test_killed_run_goes_on_and_a_second_run_is_refused(tmp_path):
+    root = make_tree(tmp_path)
+    process = start(root, "--set", "alpha.wait=60.0", start_new_session=True)
+    for line in process.stdout:
+        if "00_first: started" in line:
+            break
+    kernel_started = root / "data/work/demo/logs/00_first.log"
+    while not (kernel_started.is_file() and "Executing Cell 3" in kernel_started.read_text()):
+        time.sleep(0.1)
+    code, output = run(root)
+    assert code == 2 and f"Another run is busy in this clone (process {process.pid})" in output
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert list((root / ".snakemake" / "locks").iterdir()), "the kill must leave Snakemake's lock for this test"
+    code, output = run(root)
+    assert code == 0 and ran(output) == {"00_first", "01_second", "02_other"}
+
+
+def test_own_media_get_a_run_of_their_own(tree, tmp_path):
+    media = tmp_path / "My Holiday"
+    media.mkdir()
+    profile = study_profile(parse_options(["--data", str(media)]), tree)
+    assert profile.run.startswith("demo-my-holiday-") and profile.name == "demo"
+    assert list(profile.data.sets) == [f"folder={media}"]
+    assert profile.preprocess.locator == "yunet"
+    chosen = study_profile(parse_options(["--data", str(media), "--set", "preprocess.locator=haar"]), tree)
+    assert chosen.preprocess.locator == "haar"
+    manifest = tmp_path / "manifest.parquet"
+    manifest.touch()
+    assert list(study_profile(parse_options(["--data", str(manifest)]), tree).data.sets) == [f"manifest={manifest}"]
+
+
+def test_import_closure_follows_every_form_of_import(tmp_path):
+    package = tmp_path / "lib" / "unmask"
+    (package / "data").mkdir(parents=True)
+    for name, code in {
+        "__init__.py": "",
+        "a.py": "from unmask import b\nimport numpy",
+        "b.py": "def f():\n    from .data import world",
+        "unused.py": "",
+        "data/__init__.py": "",
+        "data/world.py": "from ..c import thing",
+        "c.py": "from . import d",
+        "d.py": "import unmask.a",
+    }.items():
+        (package / name).write_text(code)
+    nbformat.write(notebook("%matplotlib inline\nfrom unmask.a import g"), tmp_path / "n.ipynb")
+    found = {str(path.relative_to(package)) for path in notebook_modules(tmp_path / "n.ipynb", tmp_path)}
+    assert found == {"__init__.py", "a.py", "b.py", "c.py", "d.py", "data/__init__.py", "data/world.py"}
+    assert import_closure(["unmask.unused"], tmp_path / "lib") == [package / "__init__.py", package / "unused.py"]
+
+
+def test_fingerprint_follows_code_but_not_speed(tmp_path):
+    root = make_tree(tmp_path)
+    module = root / "lib" / "unmask" / "thing.py"
+    module.parent.mkdir(parents=True)
+    module.write_text("x = 1")
+    nbformat.write(notebook("import unmask.thing"), root / "notebooks" / "00_first.ipynb")
+    chapters = [Chapter("00_first", keys=("alpha",)), Chapter("01_second", ("00_first",)), Chapter("02_other")]
+
+    def fingerprints(**changes):
+        profile = load_profile("demo", changes, root)
+        return [step["fingerprint"] for step in make_plan(profile, chapters, root)["chapters"]]
+
+    before = fingerprints()
+    assert fingerprints(workers=9) == before
+    module.write_text("x = 2")
+    changed = fingerprints()
+    assert [old != new for old, new in zip(before, changed, strict=True)] == [True, True, False]
+
+
+def test_deleted_figure_makes_its_chapter_run_again(tmp_path):
+    step = {"results": "results.json", "fingerprint": "f"}
+    plan = {"figures": "figures"}
+    (tmp_path / "figures").mkdir()
+    picture = tmp_path / "figures" / "p.png"
+    picture.touch()
+    (tmp_path / "results.json").write_text(json.dumps({"fingerprint": "f", "saved": ["p.png"]}))
+    assert not out_of_date(step, plan, tmp_path)
+    picture.unlink()
+    assert out_of_date(step, plan, tmp_path)
+
+
+def test_the_study_itself_is_declared_consistently():
+    stems = [chapter.stem for chapter in CHAPTERS]
+    assert stems == sorted(set(stems))
+    schema = load_profile("demo")
+    for position, chapter in enumerate(CHAPTERS):
+        assert set(chapter.needs) <= set(stems[:position])
+        assert set(chapter.keys) <= set(schema)
+        assert "workers" not in chapter.keys
+        assert Path(ROOT / "notebooks" / f"{chapter.stem}.ipynb").is_file()
