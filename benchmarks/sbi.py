@@ -123,10 +123,10 @@ def table() -> str:
     lines = [
         HEADING,
         "",
-        f"One thread, seconds of processor time, CPU {processor()}; Python {platform.python_version()}, NumPy {np.__version__}, "
-        f"OpenCV {cv2.__version__}, SciPy {scipy.__version__}. `python benchmarks/sbi.py`: drawn face with 81 "
-        f"landmarks, recipe `intended`, medians of {ROUNDS} rounds of {SAMPLES} samples, in turns on the "
-        "same draws (lowest to highest ratio in brackets).",
+        f"One thread, seconds of processor time, CPU {processor()}; Python {platform.python_version()}, "
+        f"NumPy {np.__version__}, OpenCV {cv2.__version__}, SciPy {scipy.__version__}. `python benchmarks/sbi.py`: "
+        f"drawn face with 81 landmarks, recipe `intended`, medians of {ROUNDS} rounds of {SAMPLES} samples, in turns "
+        "on the same draws (lowest to highest ratio in brackets).",
         "",
         "Plain: the same steps, but elastic deformation of image and mask at full resolution with SciPy, and warping "
         "and blending of the whole picture.",
