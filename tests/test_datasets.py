@@ -97,7 +97,8 @@ def make_df40(root):
                 for f in range(2)))
     put(root, *(f"train/simswap/ff/frames/{c}/000.png" for c in ("087_081", "081_087", "100_200", "300_400")))
     put(root, "test/mraa/ff/frames/071_054/000.png", "test/whichisreal/fake/1.png", "test/whichisreal/real/1.jpg",
-        "test/heygen/fake/clip one.mp4", "test/e4e/ff/071/00001.jpg", "test/FSAll_ff/x.png")
+        "test/heygen/fake/clip one.mp4", "test/e4e/ff/071/00001.jpg", "test/FSAll_ff/x.png", "test/e4e/ff/latents.pt",
+        "test/simswap/ff/landmarks/071_054/000.npy", "test/simswap/ff/masks/071_054/000.png")
     (root / "test/StyleGAN2/ff").mkdir(parents=True)
     return root
 
@@ -173,7 +174,7 @@ def test_unknown_layouts_and_options_are_refused(tmp_path):
 
 def test_folder_pairs_names_and_indexes_whatever_is_there(tmp_path):
     put(tmp_path, "real/ö b.mp4", "real/.hidden", "fake/x/ö b.mp4", "fake/y/ö b.webm", "fake/notes.mp4",
-        "real/c/0001.png", "fake/z/c/0001.png", "real/noext")
+        "real/c/0001.png", "real/c/0002.png", "real/k/0001.png", "fake/z/c/0001.png", "real/noext")
     put(tmp_path, "real/empty.mp4", content=b"")
     (tmp_path / "real" / "dead.mp4").symlink_to(tmp_path / "gone.mp4")
     os.mkfifo(tmp_path / "real" / "pipe.mp4")
@@ -181,12 +182,14 @@ def test_folder_pairs_names_and_indexes_whatever_is_there(tmp_path):
     df, notes = index(tmp_path, "folder", dataset="mine")
     rows = by_path(df)
     assert set(rows.index) == {"real/ö b.mp4", "fake/x/ö b.mp4", "fake/y/ö b.webm", "fake/notes.mp4",
-                               "real/c/0001.png", "fake/z/c/0001.png", "real/noext", "real/empty.mp4",
+                               "real/c/0001.png", "real/c/0002.png", "real/k/0001.png", "fake/z/c/0001.png",
+                               "real/noext", "real/empty.mp4",
                                "real/dead.mp4"}
     assert rows.loc["fake/x/ö b.mp4", "method"] == "x" and rows.loc["fake/notes.mp4", "method"] == "fake"
     assert rows.loc["real/c/0001.png", "kind"] == "image" and rows.loc["real/noext", "kind"] == "video"
     assert rows.loc[["real/ö b.mp4", "fake/x/ö b.mp4", "fake/y/ö b.webm"], "group_id"].nunique() == 1
-    assert rows.loc["real/c/0001.png", "group_id"] == rows.loc["fake/z/c/0001.png", "group_id"]
+    assert rows.loc[["real/c/0001.png", "real/c/0002.png", "fake/z/c/0001.png"], "group_id"].nunique() == 1
+    assert rows.loc["real/c/0001.png", "group_id"] != rows.loc["real/k/0001.png", "group_id"]
     assert m.leakage(df).empty and df["item_id"].is_unique
     assert said(notes, "1 entries in ROOT/real", "pipe.mp4") and said(notes, "loop", "not entered again")
 
@@ -196,7 +199,7 @@ def test_folder_names_that_are_not_utf8_are_noted(tmp_path):
     with open(os.fsencode(tmp_path) + b"/real/\xff.mp4", "wb"):
         pass
     df, notes = index(tmp_path, "folder")
-    assert len(df) == 2 and said(notes, "1 names in ROOT/real", "UTF-8")
+    assert len(df) == 2 and sum("1 names in ROOT/real are not valid UTF-8" in n for n in notes) == 1
 
 
 def test_folder_splits_depend_on_the_seed_and_hold_both_classes(tmp_path):
@@ -225,6 +228,14 @@ def test_media_csv_overrides_and_keeps_missing_files(tmp_path):
     assert rows.loc["gone.mp4", "method"] == "fake" and len(df) == 3
     assert said(notes, "1 of 3 files listed in media.csv are missing", "gone.mp4")
     assert said(notes, "2 files under real/ and fake/ are not in media.csv", "real/unlisted.mp4")
+
+
+def test_media_csv_frames_outside_real_and_fake_stay_with_their_clip(tmp_path):
+    put_text(tmp_path, "media.csv", "path,label\nodd/a/1.png,0\nodd/a/2.png,0\nodd/b/1.png,1\nfake/m/c.mp4,1\n")
+    rows = by_path(index(tmp_path, "folder")[0])
+    assert rows.loc["odd/a/1.png", "group_id"] == rows.loc["odd/a/2.png", "group_id"]
+    assert rows.loc["odd/a/1.png", "group_id"] != rows.loc["odd/b/1.png", "group_id"]
+    assert rows.loc["odd/b/1.png", "method"] == "fake" and rows.loc["fake/m/c.mp4", "method"] == "m"
 
 
 @pytest.mark.parametrize(("text", "named"), [
@@ -359,6 +370,7 @@ def test_df40_reads_frames_names_and_counts_holes(tmp_path):
     assert set(train["split"]) == {"train", "val"} and m.leakage(df).empty
     assert rows.loc["train/simswap/ff/frames/087_081/000.png", "split"] == \
         rows.loc["train/simswap/ff/frames/081_087/000.png", "split"]
+    assert said(notes, "test simswap: 2 files in ROOT/test/simswap/ff", "side files") and len(df) == 13
     assert said(notes, "ROOT/test: 1 folders are no DF40 method", "FSAll_ff")
     assert said(notes, "test StyleGAN2: folder ROOT/test/StyleGAN2/ff is empty")
     assert said(notes, "test heygen: folder missing (expected ROOT/test/heygen/real)")

@@ -133,6 +133,23 @@ def test_copies_where_hard_links_are_impossible(tmp_path, monkeypatch):
     assert len(index(tmp_path / "out", "celebdf2")[0]) == 60
 
 
+def test_ffpp_prefers_videos_and_refuses_a_donor_from_another_pair(tmp_path):
+    source = make_world(tmp_path / "world")
+    df = m.read_manifest(source)
+    still = df[df["path"] == "swap/s000.mp4"].assign(path="swap/a_still.png", kind="image")
+    stray = df[df["path"] == "swap/s002.mp4"].assign(path="swap/stray.mp4", source_id="s005")
+    extra = pd.concat([still, stray])
+    for path in extra["path"]:
+        (tmp_path / "world" / path).write_text(path)
+    df = pd.concat([df, extra.assign(item_id=[m.item_id("world-a", p) for p in extra["path"]])], ignore_index=True)
+    m.write_manifest(m.assign_groups(df), source)
+    notes = write_layout(source, tmp_path / "out", "ffpp")
+    assert any("1 clips left out, their people are in no pair of one split: swap/stray.mp4" in n for n in notes)
+    assert any("11 clips left out, further clips" in n for n in notes)
+    videos = tmp_path / "out/manipulated_sequences/FaceSwap/c23/videos"
+    assert (videos / "000_001.mp4").read_text() == "swap/s000.mp4" and not (videos / "000_001.png").exists()
+
+
 def test_clips_without_a_place_are_named(tmp_path):
     source = make_world(tmp_path / "world")
     df = m.read_manifest(source)

@@ -69,6 +69,13 @@ def test_failed_write_keeps_the_old_manifest(df, tmp_path):
     assert (tmp_path / "m.parquet").read_bytes() == before
 
 
+def test_interrupted_write_leaves_no_partial_file(df, tmp_path, monkeypatch):
+    monkeypatch.setattr(m.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        m.write_manifest(df, tmp_path / "m.parquet")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_reading_survives_malformed_files(df, tmp_path):
     path = tmp_path / "m.parquet"
     with pytest.raises(m.ManifestError, match="no manifest"):

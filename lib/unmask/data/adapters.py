@@ -4,7 +4,7 @@ import re
 from pathlib import Path, PurePosixPath
 
 from unmask.data.manifest import is_inside
-from unmask.data.tree import VAL_CUT, DatasetError, Tree, read_json, read_table, read_text, some
+from unmask.data.tree import DatasetError, Tree, read_json, read_table, read_text, some
 
 # folder -> (label, how its files are named); the first id of a fake is its target.
 CELEBDF = {"Celeb-real": (0, r"(id\d+)_\d+"), "YouTube-real": (0, r"(\d{5})"),
@@ -150,7 +150,6 @@ def ffiw(tree: Tree) -> None:
 
     Clips of the same name in source and target are a pair. If train is there, a val part is cut from it.
     """
-    tree.fractions = VAL_CUT
     for split, name in (("", "train"), ("test", "val")):
         if split == "" and not any((tree.root / side / name).is_dir() for side in ("source", "target")):
             continue

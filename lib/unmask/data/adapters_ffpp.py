@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from unmask.data.tree import DatasetError, Tree, kind_of, read_json, read_text, some
+from unmask.data.tree import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DatasetError, Tree, kind_of, read_json, read_text, some
 
 COMPRESSIONS = ("raw", "c23", "c40")
 FFPP_METHODS = ("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures", "FaceShifter")
@@ -17,6 +17,8 @@ DF40_KNOWN = ("fsgan", "faceswap", "simswap", "inswap", "blendface", "uniface", 
 DF40_UNKNOWN = ("deepfacelab", "heygen", "MidJourney", "whichfaceisreal", "stargan", "starganv2", "styleclip", "e4e",
                 "CollabDiff")
 _DF40_NAMES = {m.lower(): m for m in DF40_KNOWN + DF40_UNKNOWN} | {"whichisreal": "whichfaceisreal"}
+# Preprocessed trees also hold landmarks, masks and latent codes, which are no media.
+_DF40_SIDE = frozenset({"landmarks", "masks"})
 _DF40_PLAIN = frozenset({"frames", "videos", "inversions", "celeb-real", "youtube-real", "celeb-synthesis"})
 
 
@@ -138,6 +140,10 @@ def _df40_ids(domain: str, method: str, relative: Path, kind: str) -> dict[str, 
     return {"subject": "", "source_id": f"df40:{method}/{clip}"}
 
 
+def _df40_is_medium(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES and not _DF40_SIDE.intersection(path.parts)
+
+
 def _df40_method(tree: Tree, folder: Path, method: str, split: str) -> None:
     expected = ("ff", "cdf") if method in DF40_KNOWN and split == "test" else \
         ("ff",) if method in DF40_KNOWN else ("real", "fake")
@@ -148,7 +154,11 @@ def _df40_method(tree: Tree, folder: Path, method: str, split: str) -> None:
             tree.note(f"{what}: folder missing (expected {tree.short(folder / domain)}).")
         elif files == []:
             tree.note(f"{what}: folder {tree.short(folder / domain)} is empty.")
-        for path in files or []:
+        media = [p for p in files or [] if _df40_is_medium(p.relative_to(folder))]
+        if files and len(media) < len(files):
+            tree.note(f"{what}: {len(files) - len(media)} files in {tree.short(folder / domain)} are landmarks, masks "
+                      "or other side files and were left out.")
+        for path in media:
             ids = _df40_ids(domain, method, path.relative_to(folder / domain), kind_of(path.name))
             tree.add(path.relative_to(tree.root).as_posix(), split, int(domain != "real"), method, **ids)
 

@@ -75,9 +75,9 @@ def _folder_csv(tree: Tree, on_disk: set[str]) -> None:
 
 def _folder_row(tree: Tree, name: str, row: dict[str, str], label: int, where: str) -> None:
     top, *below = Path(name).parts
-    guess = _folder_names(top, Path(*below)) if below and top in ("real", "fake") else \
-        _folder_names("fake", Path(Path(name).name))
-    method = row.get("method") or (guess["method"] if guess["method"] != "real" else "fake")
+    placed = bool(below) and top in ("real", "fake")
+    guess = _folder_names(top, Path(*below)) if placed else _folder_names("real", Path(name))
+    method = row.get("method") or ("fake" if guess["method"] == "real" else guess["method"])
     if label == 1 and method == "real":
         raise DatasetError(f"{where}: method 'real' on an item labelled fake.")
     group = row.get("group", "")

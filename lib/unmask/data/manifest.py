@@ -216,7 +216,8 @@ def split_by_group(df: pd.DataFrame, fractions: Mapping[str, float], seed: int) 
             abs(sum(shares.values()) - 1) > 1e-6:
         raise ManifestError(f"Split fractions must be shares of {SPLITS} that add up to 1, not {dict(fractions)}.")
     order = sorted(shares, key=lambda s: (-shares[s], SPLITS.index(s)))
-    groups = pd.crosstab(df["group_id"], df["label"]).reindex(columns=[0, 1], fill_value=0).sort_index()
+    # crosstab sorts the groups, so the draw below sees the same list whatever the row order.
+    groups = pd.crosstab(df["group_id"], df["label"]).reindex(columns=[0, 1], fill_value=0)
     groups = groups.iloc[np.random.default_rng(seed).permutation(len(groups))]
     total = np.maximum(groups.sum().to_numpy(), 1)
     weight = dict(zip(groups.index, groups.to_numpy() / total, strict=True))

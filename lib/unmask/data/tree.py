@@ -12,6 +12,7 @@ import pandas as pd
 
 from unmask.data.manifest import COLUMNS, ManifestError, assign_groups, is_inside, item_id, leakage, split_by_group
 
+VIDEO_SUFFIXES = frozenset({".mp4", ".avi", ".mov", ".mkv", ".webm"})
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"})
 VAL_CUT = {"train": 0.9, "val": 0.1}
 
@@ -37,7 +38,7 @@ def read_text(path: Path, what: str) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise DatasetError(f"{what} not found: expected at {path}. It comes with the data set.") from None
+        raise DatasetError(f"{what} not found: expected at {path}. Put it there; it comes with the data set.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{what} at {path} cannot be read as UTF-8 text: {error}.") from error
 
@@ -112,7 +113,10 @@ class Tree:
 
     def media(self, folder: Path) -> list[Path]:
         """Files of a folder in name order, unreadable ones and dead links too; pipes and sockets are noted."""
-        files = [p for p in self.entries(folder) if not os.path.isdir(p)]
+        return self._files(folder, self.entries(folder))
+
+    def _files(self, folder: Path, entries: list[Path]) -> list[Path]:
+        files = [p for p in entries if not os.path.isdir(p)]
         special = [p for p in files if os.path.exists(p) and not os.path.isfile(p)]
         if special:
             self.note(f"{len(special)} entries in {self.short(folder)} are not regular files and were left out: "
@@ -125,8 +129,9 @@ class Tree:
         if real in above:
             self.note(f"folder {self.short(folder)} links back to a folder above it and was not entered again.")
             return
-        yield from self.media(folder)
-        for child in self.entries(folder):
+        entries = self.entries(folder)
+        yield from self._files(folder, entries)
+        for child in entries:
             if os.path.isdir(child):
                 yield from self.walk(child, above | {real})
 
