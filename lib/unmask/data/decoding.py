@@ -197,7 +197,7 @@ def _picture(path: str, count: int, max_side: int | None) -> tuple[dict, list[np
         raise MediaError("picture larger than 179 megapixels") from error
     except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
         raise MediaError("damaged picture") from error
-    fps = total / clock if clock else 0.0
+    fps = (int(indices[-1]) + 1) / clock if clock else 0.0
     facts = {"width": full.shape[1], "height": full.shape[0], "fps": fps, "total": total, "codec": codec}
     return facts | {"indices": indices.tolist(), "pts": pts, "decoder": "pillow"}, frames
 

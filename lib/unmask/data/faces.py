@@ -116,6 +116,8 @@ class YuNetLocator:
     # Long side of the searched picture, and border as a share of it. The later ones are tried only if nothing was
     # found: enlarged for tiny faces, then small and padded for a face that fills the frame.
     SEARCHES = ((640, 0.0), (1280, 0.0), (240, 0.5))
+    # OpenCV 4.14 reads memory that was never written where a side has at most 32 pixels, and "finds" faces in it.
+    SMALLEST = 64
 
     def __init__(self, path: str | os.PathLike | None = None, threshold: float = 0.6):
         path = find_yunet() if path is None else Path(path)
@@ -143,8 +145,8 @@ class YuNetLocator:
         picture = cv2.cvtColor(frame, cv2.COLOR_RGB2BGR)
         picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
         pad = round(border * side)
-        if pad:
-            picture = cv2.copyMakeBorder(picture, pad, pad, pad, pad, cv2.BORDER_CONSTANT)
+        below, beside = (pad + max(self.SMALLEST - 2 * pad - n, 0) for n in picture.shape[:2])
+        picture = cv2.copyMakeBorder(picture, pad, below, pad, beside, cv2.BORDER_CONSTANT)
         self._net.setInputSize((picture.shape[1], picture.shape[0]))
         found = self._net.detect(picture)[1]
         zoom = np.array([width / size[0], height / size[1]], np.float32)

@@ -1,0 +1,44 @@
+"""Fixtures shared by several test files: small clips with known content, and the folder of real media."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from unmask.data.video import encode
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The real test media beside the repository; tests that need them skip where they are absent."""
+    if not (SHARED / "data" / "media" / "media.csv").is_file():
+        pytest.skip("real test media (../shared/data) are not here")
+    return SHARED / "data"
+
+
+def moving_frames(count: int = 24, height: int = 96, width: int = 128, squares: int = 1) -> np.ndarray:
+    """Frames uint8[T,H,W,3]: a smooth coloured background, white squares that drift, brightness that tells time."""
+    y, x = np.mgrid[:height, :width]
+    frames = np.empty((count, height, width, 3), np.uint8)
+    side = max(min(height, width) // (3 if squares == 1 else 8), 1)
+    for t in range(count):
+        frames[t] = np.stack([60 + 90 * x / width, 60 + 90 * y / height, np.full_like(x, 20 + 100 * t / count, float)], 2)
+        for k in range(squares):
+            left, top = int((k % 5 + 0.3) * width / max(min(squares, 5), 1) * 0.9) + t // 4, int((k // 5 + 0.3) * height / 2.2)
+            cv2.rectangle(frames[t], (left, top), (left + side, top + side), (255, 255, 255), -1)
+    return frames
+
+
+@pytest.fixture
+def make_clip():
+    """Factory: write a small H.264 clip with B-frames; returns its path."""
+
+    def make(path: Path, count: int = 24, height: int = 96, width: int = 128, squares: int = 1, **options) -> Path:
+        return encode(path, moving_frames(count, height, width, squares), **({"crf": 18} | options))
+
+    return make
