@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -78,27 +79,39 @@ def run(root, *options):
 
 
 def ran(output):
-    return {stem for stem in ("00_first", "01_second", "02_other") if f"{stem}: done in" in output}
+    return set(re.findall(r"(\w+): done in", output))
+
+
+def would_run(root, *options):
+    code, output = run(root, "--dry-run", *options)
+    assert code == 0, output
+    return set(re.findall(r"would run (\w+):", output))
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    """A tree whose study was run once; its tests leave it up to date."""
+def finished(tmp_path_factory):
+    """A tree whose study was run once."""
     root = make_tree(tmp_path_factory.mktemp("kit") / "with space")
-    code, output = run(root)
+    code, output = run(root, "--jobs", "2")
     assert code == 0, output
     assert ran(output) == {"00_first", "01_second", "02_other"}
-    assert "[3/3]" in output and "cell" not in output.splitlines()[-1]
+    assert "[3/3]" in output and "(the last one)" in output and "Done in" in output
     return root
 
 
-def test_run_leaves_executed_copies_logs_results_and_report(tree):
-    work = tree / "data" / "work" / "demo"
+@pytest.fixture
+def tree(finished, tmp_path):
+    """A copy of the finished tree, elsewhere: a run does not depend on where the clone is."""
+    return shutil.copytree(finished, tmp_path / "copy")
+
+
+def test_run_leaves_executed_copies_logs_results_and_report(finished):
+    work = finished / "data" / "work" / "demo"
     for stem in ("00_first", "01_second", "02_other"):
         assert (work / "notebooks" / f"{stem}.ipynb").is_file()
         assert "Executing Cell" in (work / "logs" / f"{stem}.log").read_text()
         assert json.loads((work / "results" / f"{stem}.json").read_text())["fingerprint"]
-    assert "00_first" in (tree / "figures" / "report.html").read_text()
+    assert "00_first" in (finished / "figures" / "report.html").read_text()
 
 
 def test_second_run_runs_nothing_and_is_quick(tree):
@@ -111,22 +124,19 @@ def test_second_run_runs_nothing_and_is_quick(tree):
 
 
 def test_changed_key_reruns_only_its_chapter_and_dependants(tree):
-    assert ran(run(tree, "--set", "beta.y=5")[1]) == {"01_second"}
-    assert ran(run(tree, "--set", "beta.y=5", "--set", "alpha.x=2", "--jobs", "2")[1]) == {"00_first", "01_second"}
-    code, output = run(tree, "--set", "beta.y=5", "--set", "alpha.x=2", "--set", "workers=7")
-    assert code == 0 and not ran(output)
-    run(tree)
+    assert would_run(tree, "--set", "beta.y=5") == {"01_second"}
+    assert would_run(tree, "--set", "alpha.x=2") == {"00_first", "01_second"}
+    assert would_run(tree, "--set", "workers=7") == set()
+    assert ran(run(tree, "--set", "alpha.x=9", "--only", "0")[1]) == {"00_first"}
+    code, output = run(tree, "--set", "alpha.x=9")
+    assert code == 0 and ran(output) == {"01_second"}
+    assert would_run(tree, "--set", "alpha.x=9") == set()
+    assert json.loads((tree / "data/work/demo/results/00_first.json").read_text())["numbers"] == {"x": 9}
 
 
 def test_only_and_from_force(tree):
-    assert ran(run(tree, "--only", "02")[1]) == {"02_other"}
-    assert ran(run(tree, "--from", "1")[1]) == {"01_second", "02_other"}
-
-
-def test_only_on_an_upstream_change_leaves_dependants_out_of_date(tree):
-    assert ran(run(tree, "--set", "alpha.x=9", "--only", "0")[1]) == {"00_first"}
-    assert ran(run(tree, "--set", "alpha.x=9")[1]) == {"01_second"}
-    run(tree)
+    assert would_run(tree, "--only", "02") == {"02_other"}
+    assert would_run(tree, "--from", "1") == {"01_second", "02_other"}
 
 
 def test_results_overwritten_by_hand_are_made_again(tree):
@@ -134,16 +144,15 @@ def test_results_overwritten_by_hand_are_made_again(tree):
     content = json.loads(results.read_text())
     del content["fingerprint"]
     results.write_text(json.dumps(content))
-    assert ran(run(tree)[1]) == {"02_other"}
+    assert would_run(tree) == {"02_other"}
 
 
 def test_list_and_dry_run_leave_everything_alone(tree):
     code, output = run(tree, "--list", "--set", "beta.y=8")
     assert code == 0
     assert [line.split()[1:3] for line in output.splitlines()] == [["done"], ["to", "run"], ["done"]]
-    code, output = run(tree, "--dry-run", "--set", "beta.y=8")
-    assert code == 0 and "would run 01_second" in output and "00_first" not in output
-    assert not ran(run(tree)[1])
+    assert would_run(tree, "--set", "beta.y=8") == {"01_second"}
+    assert would_run(tree) == set()
 
 
 @pytest.mark.parametrize(
@@ -159,64 +168,74 @@ def test_list_and_dry_run_leave_everything_alone(tree):
         (["--data", "nowhere"], "no such folder"),
     ],
 )
-def test_wrong_options_are_refused_before_anything_runs(tree, options, message):
-    code, output = run(tree, *options)
+def test_wrong_options_are_refused_before_anything_runs(finished, options, message):
+    code, output = run(finished, *options)
     assert code == 2 and message in output and "started" not in output
 
 
-def test_mistyped_papermill_parameter_is_refused(tree, tmp_path):
-    command = [sys.executable, "-m", "unmask.headless", str(tree / "notebooks/02_other.ipynb"), "--work", str(tmp_path)]
+def headless(path, work, *options):
+    command = [sys.executable, "-m", "unmask.headless", str(path), "--work", str(work), *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "lib")}
-    result = subprocess.run([*command, "-p", "proflie", "demo"], env=environment, capture_output=True, text=True)
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_mistyped_papermill_parameter_is_refused(finished, tmp_path):
+    result = headless(finished / "notebooks" / "02_other.ipynb", tmp_path, "-p", "proflie", "demo")
     assert result.returncode == 1
     assert "no parameter proflie" in result.stdout and "profile" in result.stdout
     assert not list(tmp_path.iterdir())
 
 
-def test_failing_notebook_is_reported_and_the_run_goes_on_from_there(tmp_path):
-    root = make_tree(tmp_path)
-    code, output = run(root, "--set", "alpha.broken=true")
+def test_notebook_without_results_or_with_a_dead_kernel_fails(tmp_path):
+    nbformat.write(notebook("x = 1"), tmp_path / "00_silent.ipynb")
+    result = headless(tmp_path / "00_silent.ipynb", tmp_path / "work")
+    assert result.returncode == 1 and "00_silent: left no" in result.stdout
+    nbformat.write(notebook("import os; os._exit(3)"), tmp_path / "00_dead.ipynb")
+    result = headless(tmp_path / "00_dead.ipynb", tmp_path / "work")
+    assert result.returncode == 1 and "failed in cell 2/2" in result.stdout and "kernel died" in result.stdout
+
+
+def test_failing_notebook_is_reported(tree):
+    code, output = run(tree, "--set", "alpha.broken=true")
     assert code == 1
-    assert "00_first: failed in cell 4/4" in output and "ValueError: the glass is broken" in output
+    assert "00_first: failed in cell 4/4 (In [4])" in output and "ValueError: the glass is broken" in output
     executed = "data/work/demo/notebooks/00_first.ipynb"
-    assert f"executed copy: {executed}" in output and (root / executed).is_file()
-    assert not (root / "data/work/demo/results/00_first.json").exists()
-    assert not (root / "data/work/demo/results/01_second.json").exists()
-    nbformat.write(notebook(OPEN), root / "notebooks" / "00_first.ipynb")
-    code, output = run(root, "--only", "0")
-    assert code == 1 and "left no" in output
+    assert f"executed copy: {executed}" in output and (tree / executed).is_file()
+    assert not (tree / "data/work/demo/results/00_first.json").exists()
+    assert would_run(tree) == {"00_first", "01_second"}
 
 
-def test_killed_run_goes_on_and_a_second_run_is_refused(tmp_path):
-    root = make_tree(tmp_path)
-    process = start(root, "--set", "alpha.wait=60.0", start_new_session=True)
-    for line in process.stdout:
-        if "00_first: started" in line:
-            break
-    kernel_started = root / "data/work/demo/logs/00_first.log"
-    while not (kernel_started.is_file() and "Executing Cell 3" in kernel_started.read_text()):
+def test_killed_run_goes_on_and_a_second_run_is_refused(tree):
+    results = tree / "data/work/demo/results"
+    before = {path.name: path.read_bytes() for path in results.iterdir()}
+    log = tree / "data/work/demo/logs/00_first.log"
+    log.unlink()
+    process = start(tree, "--set", "alpha.wait=60.0", start_new_session=True)
+    while not (log.is_file() and "Executing Cell 4" in log.read_text()):
+        assert process.poll() is None
         time.sleep(0.1)
-    code, output = run(root)
+    code, output = run(tree)
     assert code == 2 and f"Another run is busy in this clone (process {process.pid})" in output
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert list((root / ".snakemake" / "locks").iterdir()), "the kill must leave Snakemake's lock for this test"
-    code, output = run(root)
-    assert code == 0 and ran(output) == {"00_first", "01_second", "02_other"}
+    assert list((tree / ".snakemake" / "locks").iterdir()), "the kill must leave Snakemake's lock for this test"
+    code, output = run(tree)
+    assert code == 0 and ran(output) == {"00_first", "01_second"}
+    assert {path.name: path.read_bytes() for path in results.iterdir()} == before
 
 
-def test_own_media_get_a_run_of_their_own(tree, tmp_path):
+def test_own_media_get_a_run_of_their_own(finished, tmp_path):
     media = tmp_path / "My Holiday"
     media.mkdir()
-    profile = study_profile(parse_options(["--data", str(media)]), tree)
+    profile = study_profile(parse_options(["--data", str(media)]), finished)
     assert profile.run.startswith("demo-my-holiday-") and profile.name == "demo"
     assert list(profile.data.sets) == [f"folder={media}"]
     assert profile.preprocess.locator == "yunet"
-    chosen = study_profile(parse_options(["--data", str(media), "--set", "preprocess.locator=haar"]), tree)
+    chosen = study_profile(parse_options(["--data", str(media), "--set", "preprocess.locator=haar"]), finished)
     assert chosen.preprocess.locator == "haar"
     manifest = tmp_path / "manifest.parquet"
     manifest.touch()
-    assert list(study_profile(parse_options(["--data", str(manifest)]), tree).data.sets) == [f"manifest={manifest}"]
+    assert list(study_profile(parse_options(["--data", str(manifest)]), finished).data.sets) == [f"manifest={manifest}"]
 
 
 def test_import_closure_follows_every_form_of_import(tmp_path):

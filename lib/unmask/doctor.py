@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from unmask.profile import Study, open_study
+from unmask.workflow import available_cores
 
 REQUIREMENT = re.compile(r"^([A-Za-z0-9._-]+)")
 MEDIA_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".png", ".jpg", ".jpeg", ".bmp", ".webp"}
@@ -40,16 +41,9 @@ class Check:
 
 def checks(study: Study) -> list[Check]:
     """Every requirement of a study, in the order they would stop it."""
-    found = [_python(), *_packages(), _device(), _precision(), _h264(), _decord()]
+    found = [Check("Python", "ok", platform.python_version()), *_packages(), _device(), _precision(), _h264(), _decord()]
     found += [_yunet(study), *_data_sets(study), *_raw_folders(study), _disk(study), _cores(study)]
     return found
-
-
-def _python() -> Check:
-    version = platform.python_version()
-    if sys.version_info >= (3, 11):
-        return Check("Python", "ok", version)
-    return Check("Python", "missing", f"{version}, 3.11 or newer is needed", "conda env create -f environment.yaml")
 
 
 def _packages() -> list[Check]:
@@ -184,7 +178,7 @@ def _disk(study: Study) -> Check:
 
 
 def _cores(study: Study) -> Check:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     workers = study.profile.workers
     if workers > cores:
         return Check("cores", "ok", f"{cores}, fewer than the profile's {workers} workers", f"--set workers={cores}")

@@ -123,7 +123,8 @@ def run_notebook(notebook: Path, work: Path, parameters: dict[str, str], fingerp
         path.parent.mkdir(parents=True, exist_ok=True)
     results.unlink(missing_ok=True)
     _use_own_kernel()
-    cells = len(json.loads(notebook.read_text(encoding="utf-8"))["cells"]) + 1
+    # papermill puts the parameters it was given into a cell of their own.
+    cells = len(json.loads(notebook.read_text(encoding="utf-8"))["cells"]) + bool(parameters)
     reporter = Reporter(chapter, cells)
     say(f"{chapter}: started")
     try:

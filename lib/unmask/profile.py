@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import os
+import platform
 import re
 import subprocess
 import tempfile
@@ -255,6 +256,15 @@ class Study:
             "versions": _versions(),
             "world": any(entry.startswith("world=") for entry in profile.data.sets),
         }
+
+    def describe(self) -> str:
+        """The run, the commit and the versions, as printed at the top of every notebook."""
+        versions = ", ".join(f"{package} {version}" for package, version in self.provenance["versions"].items())
+        mode = ", playing with changes: outputs go to scratch" if self.playing else ""
+        return (
+            f"profile {self.profile.name} ({self.profile.hash}), run {self.profile.run}, seeds {self.seeds}{mode}\n"
+            f"commit {self.provenance['commit']}\nPython {platform.python_version()}, {versions}"
+        )
 
     def input(self, relpath: str, made_by: str = "01_preprocessing") -> Path:
         """The path of something an earlier chapter left in the work folder; MissingInput says which one if not."""

@@ -1,0 +1,169 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+
+from unmask.profile import (
+    ROOT,
+    MissingInput,
+    ProfileError,
+    load_profile,
+    open_study,
+    parse_changes,
+    plain,
+    write_atomic,
+)
+
+
+def resolved(tmp_path, name="demo", run=None, **changes):
+    """A resolved profile file as the workflow writes it, in a root of its own."""
+    profile = load_profile(name, changes)
+    run = run or name
+    path = tmp_path / "data" / "work" / run / "profile.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text(yaml.safe_dump({"name": name, "run": run, **profile.as_dict()}))
+    (tmp_path / "profiles").symlink_to(ROOT / "profiles")
+    return path
+
+
+@pytest.mark.parametrize("name", ["demo", "tiny", "paper"])
+def test_every_profile_has_every_key(name):
+    def keys(values, where=""):
+        for key, value in values.items():
+            yield from keys(value, f"{where}{key}.") if isinstance(value, dict) else [f"{where}{key}"]
+
+    assert list(keys(load_profile(name).as_dict())) == list(keys(load_profile("demo").as_dict()))
+
+
+def test_attribute_access_and_changes():
+    profile = load_profile("demo", {"train.epochs": 2, "seeds": 3, "train.lr": 1})
+    assert profile.train.epochs == 2 and profile["train"]["epochs"] == 2 and profile.seeds == 3
+    assert isinstance(profile.train.lr, float)
+    assert load_profile("demo").train.epochs != 2, "changes must not leak into the next profile"
+    with pytest.raises(AttributeError, match="train.epoch.*Did you mean epochs"):
+        _ = profile.train.epoch
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train.epoch": 2}, "Unknown profile key train.epoch.*Did you mean epochs"),
+        ({"training.epochs": 2}, "Unknown profile key training.*Did you mean train"),
+        ({"train.epochs": 2.5}, "train.epochs must be a whole number"),
+        ({"train.epochs": True}, "train.epochs must be a whole number"),
+        ({"train.lr": "fast"}, "train.lr must be a number"),
+        ({"preprocess.align": 1}, "preprocess.align must be true or false"),
+        ({"preprocess.locator": 5}, "preprocess.locator must be text"),
+        ({"data.sets": "world=a"}, "data.sets must be a list"),
+        ({"data.sets": [1]}, "every item of data.sets must be text"),
+        ({"train": 5}, "train is a group of keys"),
+        ({"train.epochs.x": 5}, "train.epochs must be a whole number"),
+    ],
+)
+def test_wrong_changes_are_refused(changes, message):
+    with pytest.raises(ProfileError, match=message):
+        load_profile("demo", changes)
+
+
+def test_own_profile_file_and_its_mistakes(tmp_path):
+    own = tmp_path / "mine.yaml"
+    own.write_text("train: {epochs: 1, lr: 1e-4}\n")
+    profile = load_profile(own)
+    assert (profile.name, profile.run, profile.train.epochs, profile.train.lr) == ("mine", "mine", 1, 1e-4)
+    own.write_text("train: {epohcs: 1}\n")
+    with pytest.raises(ProfileError, match=r"train.epohcs \(in mine.yaml\)"):
+        load_profile(own)
+    own.write_text("a: [\n")
+    with pytest.raises(ProfileError, match="not valid YAML"):
+        load_profile(own)
+    with pytest.raises(ProfileError, match="No profile named 'dmo'"):
+        load_profile("dmo")
+
+
+def test_command_line_settings_take_the_type_of_their_key():
+    changes = parse_changes(
+        ["train.epochs=2", "train.lr=1e-4", "preprocess.align=true", "convnext.pretrained=off", "data.sets=[folder=/x]"]
+    )
+    profile = load_profile("demo", changes)
+    assert profile.train.lr == 1e-4 and profile.preprocess.align is True
+    assert profile.convnext.pretrained == "off", "text stays text, though YAML reads off as false"
+    assert list(profile.data.sets) == ["folder=/x"]
+
+
+def test_hash_follows_every_setting_but_speed():
+    demo = load_profile("demo")
+    assert load_profile("demo", {"workers": 9}).hash == demo.hash
+    changed = load_profile("demo", {"train.ema": 0.5})
+    assert changed.hash != demo.hash
+    assert changed.subset_hash(["world", "seed"]) == demo.subset_hash(["world", "seed"])
+    assert changed.subset_hash(["train"]) != demo.subset_hash(["train"])
+
+
+def test_study_folders(tmp_path):
+    demo, tiny = open_study("demo"), open_study("tiny")
+    assert demo.figures == ROOT / "figures" and demo.tables == ROOT / "figures" / "tables"
+    assert tiny.figures == ROOT / "figures" / "tiny" and tiny.work == ROOT / "data" / "work" / "tiny"
+    path = resolved(tmp_path, "demo", "demo-holiday-1a2b3c", **{"data.sets": ["folder=/x"], "seeds": 3, "seed": 5})
+    study = open_study(path)
+    assert study.root == tmp_path and study.work == path.parent
+    assert study.figures == tmp_path / "figures" / "demo-holiday-1a2b3c"
+    assert study.seeds == [5, 6, 7]
+    assert study.provenance["world"] is False and demo.provenance["world"] is True
+    assert study.provenance["profile"] == "demo" and study.provenance["commit"] == "unknown"
+
+
+def test_playing_writes_to_scratch_and_reads_from_the_run(tmp_path):
+    path = resolved(tmp_path)
+    (path.parent / "manifest.parquet").touch()
+    study = open_study(path, {"train.epochs": 1})
+    assert study.input("manifest.parquet") == path.parent / "manifest.parquet"
+    assert study.figures.is_relative_to(path.parent / "scratch") and study.tables.is_relative_to(study.figures)
+    assert study.results("05_convnext", {}) == path.parent / "scratch" / "results" / "05_convnext.json"
+    assert study.output("checkpoints/x") == path.parent / "scratch" / "checkpoints" / "x"
+    assert open_study(path).results("05_convnext", {}) == path.parent / "results" / "05_convnext.json"
+
+
+def test_missing_input_says_what_to_do(tmp_path):
+    study = open_study(resolved(tmp_path))
+    with pytest.raises(MissingInput, match=r"crops.parquet.*01_preprocessing leaves it.*--from 01"):
+        study.input("crops/crops.parquet")
+
+
+def test_models_folder_from_the_environment(monkeypatch, tmp_path):
+    monkeypatch.delenv("UNMASK_MODELS", raising=False)
+    assert open_study().models == ROOT / "data" / "models"
+    monkeypatch.setenv("UNMASK_MODELS", str(tmp_path))
+    assert open_study().models == tmp_path
+
+
+def test_results_hold_numbers_and_provenance(tmp_path):
+    study = open_study(resolved(tmp_path))
+    study.manifest_hash = "abc"
+    numbers = {"auc": np.float32(0.5), "ci": np.array([0.1, np.nan]), "n": np.int64(3), "none": None}
+    content = json.loads(study.results("05_convnext", numbers).read_text())
+    assert content["numbers"] == {"auc": 0.5, "ci": [pytest.approx(0.1), None], "n": 3, "none": None}
+    assert content["manifest_hash"] == "abc" and content["seeds"] == [0] and content["versions"]["numpy"]
+
+
+def test_write_atomic_leaves_the_old_file_when_it_fails(tmp_path):
+    path = write_atomic(tmp_path / "new" / "f.txt", "old")
+    with pytest.raises(TypeError):
+        write_atomic(path, 5)
+    assert path.read_text() == "old" and [p.name for p in path.parent.iterdir()] == ["f.txt"]
+    assert plain({1: (True, float("inf"))}) == {"1": [True, None]}
+
+
+def test_root_is_found_from_the_working_directory_for_an_installed_package(tmp_path):
+    package = tmp_path / "site" / "unmask"
+    package.mkdir(parents=True)
+    for name in ("__init__.py", "profile.py"):
+        (package / name).write_text((ROOT / "lib" / "unmask" / name).read_text())
+    command = [sys.executable, "-c", "from unmask.profile import ROOT; print(ROOT)"]
+    environment = {"PYTHONPATH": str(tmp_path / "site")}
+    found = subprocess.run(command, cwd=ROOT / "notebooks", env=environment, capture_output=True, text=True)
+    assert found.stdout.strip() == str(ROOT)
+    lost = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "run from a clone" in lost.stderr
