@@ -83,7 +83,8 @@ def test_celebdf2_list_has_one_for_real_and_ids_keep_people_apart(tmp_path):
     write_layout(make_world(tmp_path / "world"), tmp_path / "out", "celebdf2")
     lines = (tmp_path / "out/List_of_testing_videos.txt").read_text().split("\n")[:-1]
     assert len(lines) == 12 and sum(line.startswith("1 Celeb-real/") for line in lines) == 4
-    df, _ = index(tmp_path / "out", "celebdf2")
+    df, found = index(tmp_path / "out", "celebdf2")
+    assert not any("identity-disjoint" in n for n in found)
     back = df.set_index(origin(df))
     assert back.loc["swap/s008.mp4", ["subject", "source_id"]].tolist() == ["celebdf:id8", "celebdf:id9"]
     assert df["subject"].nunique() == 10 and m.leakage(df).empty
