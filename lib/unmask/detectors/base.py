@@ -1,0 +1,125 @@
+"""What every detector is: clips in, one logit per clip out; built by name, saved as safetensors and JSON."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import nn
+
+from unmask.profile import write_atomic
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged, or not of the detector it claims to be."""
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What a detector wants to see: crops of `size` pixels, RGB scaled to 0..1 then (x - mean) / std, `frames` a clip."""
+
+    size: int
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    frames: int = 1
+
+
+class Detector(nn.Module):
+    """Base of all detectors; subclasses set `name`, `input_spec` and `config` (the arguments that rebuild them)."""
+
+    name: str
+    input_spec: InputSpec
+    config: dict
+
+    def forward(self, clips: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits float[B] of "fake" for clips float[B,T,3,H,W], normalised as `input_spec` says; mask bool[B,T], True = use."""
+        raise NotImplementedError
+
+    def features(self, clips: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """The representation before the head, float[B,D]; arguments as in `forward`."""
+        raise NotImplementedError
+
+    def prepare(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8[...,H,W,3] RGB to normalised float32[...,3,H,W]."""
+        device = images.device
+        mean, std = (torch.tensor(v, device=device) for v in (self.input_spec.mean, self.input_spec.std))
+        return ((images.float() / 255 - mean) / std).movedim(-1, -3)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The parameters that training changes."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+
+def masked_mean(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Mean over the frames that count: values float[B,T,...], mask bool[B,T] or None, to float[B,...]."""
+    if mask is None:
+        return values.mean(1)
+    weight = mask.to(values.dtype).reshape(*mask.shape, *[1] * (values.ndim - 2))
+    return (values * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+_REGISTRY: dict[str, Callable[..., Detector]] = {}
+
+
+def register(name: str) -> Callable[[type[Detector]], type[Detector]]:
+    """Class decorator: make a detector known by name."""
+
+    def add(cls: type[Detector]) -> type[Detector]:
+        _REGISTRY[name] = cls
+        cls.name = name
+        return cls
+
+    return add
+
+
+def names() -> list[str]:
+    """The registered detectors."""
+    return sorted(_REGISTRY)
+
+
+def build(name: str, **config) -> Detector:
+    """A new detector by registered name; `config` are its constructor's arguments. ValueError for an unknown name."""
+    if name not in _REGISTRY:
+        raise ValueError(f"There is no detector '{name}'; known are {', '.join(names())}.")
+    return _REGISTRY[name](**config)
+
+
+def save_checkpoint(detector: Detector, folder: str | Path, **card) -> Path:
+    """Write weights and config.json (architecture, input, sha256 of the weights, and `card`) into `folder`; returns it.
+
+    The weights are written first and the config last, so a folder with a config is whole.
+    """
+    folder = Path(folder)
+    weights = save({k: v.detach().cpu().contiguous() for k, v in detector.state_dict().items()})
+    (folder / CONFIG).unlink(missing_ok=True)
+    write_atomic(folder / WEIGHTS, weights)
+    config = {
+        "detector": detector.name, "config": detector.config, "input": asdict(detector.input_spec),
+        "sha256": hashlib.sha256(weights).hexdigest(), **card,
+    }  # fmt: skip
+    write_atomic(folder / CONFIG, json.dumps(config, indent=1) + "\n")
+    return folder
+
+
+def load_checkpoint(folder: str | Path) -> tuple[Detector, dict]:
+    """The detector of a checkpoint folder, in evaluation mode, and its config.json. Raises CheckpointError."""
+    folder = Path(folder)
+    try:
+        card = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        weights = (folder / WEIGHTS).read_bytes()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is not a checkpoint: it needs {WEIGHTS} and {CONFIG}, as `unmask train` leaves them.") from error
+    if not isinstance(card, dict) or hashlib.sha256(weights).hexdigest() != card.get("sha256"):
+        raise CheckpointError(f"The weights in {folder} are not those its {CONFIG} describes; copy the whole folder again or train anew.")
+    try:
+        detector = build(card["detector"], **card["config"])
+        detector.load_state_dict(load(weights))
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"The checkpoint in {folder} does not fit this version of Unmask: {error}") from error
+    return detector.eval(), card

@@ -1,0 +1,213 @@
+"""Judge detectors from their score tables and the manifest alone: AUC with group-bootstrap intervals, EER, AP, thresholds.
+
+The threshold of a detector is the one with the best balanced accuracy on the validation split of the data set it was
+trained on; test scores never choose anything.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pandera.pandas as pa
+import pyarrow
+from sklearn.metrics import average_precision_score, roc_curve
+
+from unmask.data.manifest import read_manifest
+from unmask.profile import write_atomic
+
+SCORES = pa.DataFrameSchema(
+    {
+        "item_id": pa.Column(str), "frame": pa.Column("int32", pa.Check.ge(-1)), "score": pa.Column(float, pa.Check.in_range(0, 1)),
+        "detector": pa.Column(str), "variant": pa.Column(str), "seed": pa.Column("int32"), "checkpoint": pa.Column(str),
+    },
+    strict=True, unique=["item_id", "frame", "detector", "variant", "seed"],
+)  # fmt: skip
+RUN = ["detector", "variant", "seed"]
+
+
+class ScoreError(ValueError):
+    """A score table that is missing, malformed, or does not fit the manifest."""
+
+
+def write_scores(df: pd.DataFrame, path: str | os.PathLike) -> None:
+    """Check a score table against its schema and write it as Parquet, whole or not at all."""
+    buffer = pyarrow.BufferOutputStream()
+    SCORES.validate(df, lazy=True).to_parquet(buffer, index=False)
+    write_atomic(path, buffer.getvalue().to_pybytes())
+
+
+def read_scores(path: str | os.PathLike) -> pd.DataFrame:
+    """Read and check a score table. Raises ScoreError."""
+    try:
+        return SCORES.validate(pd.read_parquet(path), lazy=True)
+    except (OSError, pyarrow.ArrowException, pa.errors.SchemaErrors) as error:
+        raise ScoreError(f"{path} is not a score table, as `unmask score` or a detector's chapter leaves them: {error}") from error
+
+
+def _aucs(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """AUC for every row of weights[D,N]; ties count half; NaN where a class has no weight."""
+    values, place = np.unique(scores, return_inverse=True)
+    starts = np.searchsorted(np.sort(place), np.arange(len(values)))
+    order = np.argsort(place, kind="stable")
+    positive = np.add.reduceat((weights * (labels == 1))[:, order], starts, axis=1)
+    negative = np.add.reduceat((weights * (labels == 0))[:, order], starts, axis=1)
+    below = np.cumsum(negative, 1) - 0.5 * negative
+    mass = positive.sum(1) * negative.sum(1)
+    return np.divide((positive * below).sum(1), mass, out=np.full(len(weights), np.nan), where=mass > 0)
+
+
+def auc_interval(labels, scores, groups, level: float = 0.95, draws: int = 1000, seed: int = 0) -> tuple[float, float, float]:
+    """Area under the ROC curve with a percentile interval from a bootstrap over groups: (auc, low, high).
+
+    labels: int[N], 1 = fake; groups: any[N], the leakage units that are drawn with replacement. scores: float[N], or
+    float[N,S] for S seeds of one detector: then the AUC is the mean over seeds, in every draw too. NaN if a class is
+    missing; the interval is NaN with fewer than two groups.
+    """
+    labels, scores = np.asarray(labels), np.asarray(scores, float)
+    columns = scores[:, None] if scores.ndim == 1 else scores
+    if len(labels) == 0:
+        return (float("nan"),) * 3
+    _, member = np.unique(np.asarray(groups).astype(str), return_inverse=True)
+    count = member.max() + 1
+
+    def mean_auc(weights: np.ndarray) -> np.ndarray:
+        return np.mean([_aucs(labels, column, weights) for column in columns.T], axis=0)
+
+    auc = float(mean_auc(np.ones((1, len(labels))))[0])
+    if count < 2 or np.isnan(auc):
+        return auc, float("nan"), float("nan")
+    rng, sample = np.random.default_rng(seed), []
+    for start in range(0, draws, 200):  # bounds the memory at 200 x N
+        drawn = rng.multinomial(count, np.full(count, 1 / count), size=min(200, draws - start))
+        sample.append(mean_auc(drawn[:, member].astype(float)))
+    low, high = np.nanquantile(np.concatenate(sample), [(1 - level) / 2, (1 + level) / 2])
+    return auc, float(low), float(high)
+
+
+def equal_error_rate(labels, scores) -> float:
+    """The error rate where false alarms are as frequent as misses, interpolated along the ROC curve."""
+    fpr, tpr, _ = roc_curve(labels, scores)
+    gap = fpr - (1 - tpr)
+    i = int(np.argmax(gap >= 0))
+    if gap[i] == 0 or i == 0:
+        return float(fpr[i])
+    share = -gap[i - 1] / (gap[i] - gap[i - 1])
+    return float(fpr[i - 1] + share * (fpr[i] - fpr[i - 1]))
+
+
+def balanced_threshold(labels, scores) -> float:
+    """The threshold (fake if score >= threshold) of the best balanced accuracy; NaN if a class is missing."""
+    labels = np.asarray(labels)
+    if len(np.unique(labels)) < 2:
+        return float("nan")
+    fpr, tpr, thresholds = roc_curve(labels, scores, drop_intermediate=False)
+    return float(thresholds[1:][np.argmax((tpr - fpr)[1:])])
+
+
+def recalls(labels, scores, threshold: float) -> tuple[float, float]:
+    """Share of reals called real and of fakes called fake at a threshold."""
+    labels, fake = np.asarray(labels), np.asarray(scores) >= threshold
+    return tuple(float(np.mean(fake[labels == c] == bool(c))) if (labels == c).any() else float("nan") for c in (0, 1))
+
+
+def join(scores: pd.DataFrame, manifest: pd.DataFrame) -> pd.DataFrame:
+    """Scores with what the manifest knows of each item. ScoreError if an item is unknown."""
+    unknown = set(scores["item_id"]) - set(manifest["item_id"])
+    if unknown:
+        raise ScoreError(f"{len(unknown)} scored items are not in the manifest (the first: {sorted(unknown)[0]}); give the manifest they were scored from.")
+    return scores.merge(manifest[["item_id", "kind", "dataset", "split", "label", "method", "group_id"]], on="item_id")
+
+
+def levels(df: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The joined table at each level: `frame` (every frame of a video), `video` and `image` (one row per item)."""
+    clip, video = df["frame"] == -1, df["kind"] == "video"
+    return {"frame": df[~clip & video], "video": df[clip & video], "image": df[clip & ~video]}
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Part of a test set: which data set, method and reals (`all`, or `matched`: those in the fakes' groups)."""
+
+    dataset: str
+    method: str
+    reals: str
+
+
+def slices(df: pd.DataFrame) -> dict[Slice, pd.DataFrame]:
+    """Every data set as a whole and every method against its reals; `matched` only where it differs from `all`."""
+    found = {}
+    for dataset, part in df.groupby("dataset", sort=True):
+        reals, fakes = part[part["label"] == 0], part[part["label"] == 1]
+        if fakes["method"].nunique() != 1:
+            found[Slice(dataset, "all", "all")] = part
+        for method, own in fakes.groupby("method", sort=True):
+            matched = reals[reals["group_id"].isin(set(own["group_id"]))]
+            found[Slice(dataset, method, "all")] = pd.concat([reals, own])
+            if 0 < matched["item_id"].nunique() < reals["item_id"].nunique():
+                paired = own[own["group_id"].isin(set(matched["group_id"]))]
+                found[Slice(dataset, method, "matched")] = pd.concat([matched, paired])
+    return found
+
+
+def _row(part: pd.DataFrame, thresholds: dict[int, float], level: float, draws: int) -> dict:
+    """The figures of one slice; several seeds are averaged, and the groups are drawn for all seeds together."""
+    wide = part.pivot_table(index=["item_id", "frame", "label", "group_id"], columns="seed", values="score").dropna().reset_index()
+    seeds = sorted(thresholds)
+    labels, scores, groups = wide["label"].to_numpy(), wide[seeds].to_numpy(), wide["group_id"].to_numpy()
+    n_real, n_fake = int((labels == 0).sum()), int((labels == 1).sum())
+    auc, low, high = auc_interval(labels, scores, groups, level, draws)
+    both = n_real > 0 and n_fake > 0
+    recall = np.array([recalls(labels, s, thresholds[k]) for k, s in zip(seeds, scores.T, strict=True)])
+    return {
+        "seeds": len(seeds), "n_real": n_real, "n_fake": n_fake, "groups": len(set(groups)), "auc": auc, "low": low, "high": high,
+        "eer": np.mean([equal_error_rate(labels, s) for s in scores.T]) if both else np.nan,
+        "ap": np.mean([average_precision_score(labels, s) for s in scores.T]) if both else np.nan,
+        "balanced_accuracy": recall.mean(), "recall_real": recall[:, 0].mean(), "recall_fake": recall[:, 1].mean(),
+        "accuracy": (recall.mean(0) * (n_real, n_fake)).sum() / (n_real + n_fake) if both else np.nan,
+        "majority": max(n_real, n_fake) / (n_real + n_fake),
+    }  # fmt: skip
+
+
+def evaluate(scores: pd.DataFrame, manifest: pd.DataFrame, level: float = 0.95, draws: int = 1000, split: str = "test", seeds: str = "mean") -> pd.DataFrame:
+    """The result table: one row per detector, variant, level, data set, method and choice of reals.
+
+    Columns: auc with its interval (low, high), eer, ap, balanced_accuracy / recalls / accuracy at the validation
+    threshold, majority (accuracy of the constant answer), counts and frames per video. seeds="each" gives a row per
+    seed. Items of the manifest without a score lower `coverage`.
+    """
+    df, rows = join(scores, manifest), []
+    keys = ["detector", "variant"] if seeds == "mean" else RUN
+    for key, run in df.groupby(keys, sort=True):
+        validation, test = levels(run[run["split"] == "val"]), levels(run[run["split"] == split])
+        per_video = test["frame"].groupby(["item_id", "seed"]).size()
+        for name, part in test.items():
+            chosen = validation[name] if len(validation[name]) else validation["video"]
+            thresholds = {s: balanced_threshold(v["label"], v["score"]) for s, v in chosen.groupby("seed")}
+            thresholds = {s: thresholds.get(s, float("nan")) for s in part["seed"].unique()}
+            for where, piece in slices(part).items():
+                figures = _row(piece, thresholds, level, draws)
+                frames = 1 if name != "video" or per_video.empty else per_video.median()
+                rows.append({**dict(zip(keys, key, strict=True)), "level": name, **vars(where), **figures, "frames_per_video": int(frames),
+                             "coverage": _coverage(piece, manifest, split, where)})
+    if not rows:
+        raise ScoreError(f"No score belongs to the {split} split of this manifest.")
+    return pd.DataFrame(rows)
+
+
+def _coverage(piece: pd.DataFrame, manifest: pd.DataFrame, split: str, where: Slice) -> float:
+    """Share of the items this slice should have that were scored."""
+    due = manifest[(manifest["split"] == split) & (manifest["dataset"] == where.dataset) & manifest["kind"].isin(set(piece["kind"]))]
+    if where.method != "all":
+        due = due[due["method"].isin(["real", where.method])]
+    if where.reals == "matched":
+        due = due[due["group_id"].isin(set(piece["group_id"]))]
+    return piece["item_id"].nunique() / max(1, len(due))
+
+
+def evaluate_files(scores: str | os.PathLike, manifest: str | os.PathLike, out: str | os.PathLike, **options) -> pd.DataFrame:
+    """`evaluate` on files; writes the table as CSV and returns it."""
+    table = evaluate(read_scores(scores), read_manifest(Path(manifest)), **options)
+    write_atomic(out, table.to_csv(index=False, float_format="%.4f"))
+    return table
