@@ -26,12 +26,20 @@ def moving_frames(count: int = 24, height: int = 96, width: int = 128, squares: 
     y, x = np.mgrid[:height, :width]
     frames = np.empty((count, height, width, 3), np.uint8)
     side = max(min(height, width) // (3 if squares == 1 else 8), 1)
+    pitch = 0.9 * width / min(squares, 5)
     for t in range(count):
-        frames[t] = np.stack([60 + 90 * x / width, 60 + 90 * y / height, np.full_like(x, 20 + 100 * t / count, float)], 2)
+        frames[t] = np.dstack([60 + 90 * x / width, 60 + 90 * y / height, np.full(x.shape, 20 + 100 * t / count)])
         for k in range(squares):
-            left, top = int((k % 5 + 0.3) * width / max(min(squares, 5), 1) * 0.9) + t // 4, int((k // 5 + 0.3) * height / 2.2)
+            left, top = int((k % 5 + 0.3) * pitch) + t // 4, int((k // 5 + 0.3) * height / 2.2)
             cv2.rectangle(frames[t], (left, top), (left + side, top + side), (255, 255, 255), -1)
     return frames
+
+
+def textured_frames(count: int, height: int, width: int) -> np.ndarray:
+    """`moving_frames` with noise on the background, so that a clip of them is more than headers."""
+    frames = moving_frames(count, height, width)
+    noise = np.random.default_rng(0).integers(0, 50, frames.shape, np.uint8)
+    return np.where(frames < 200, frames + noise, frames)
 
 
 @pytest.fixture

@@ -63,6 +63,8 @@ def _video_stream(container):
     stream = container.streams.best("video")
     if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
         raise MediaError("no video stream")
+    if stream.codec_context is None:
+        raise MediaError("no decoder for this video codec")
     stream.codec_context.thread_count = 1
     return stream
 
