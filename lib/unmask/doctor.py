@@ -6,20 +6,20 @@ import importlib
 import io
 import os
 import platform
-import re
 import shutil
 import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+from packaging.requirements import Requirement
 
 from unmask.profile import Study, open_study
 from unmask.workflow import available_cores
 
-REQUIREMENT = re.compile(r"^([A-Za-z0-9._-]+)")
 MEDIA_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 # Everything a demo run leaves fits in this.
 DISK_GIB = 5.0
@@ -41,51 +41,45 @@ class Check:
 
 def checks(study: Study) -> list[Check]:
     """Every requirement of a study, in the order they would stop it."""
-    found = [Check("Python", "ok", platform.python_version()), *_packages(), _device(), _precision(), _h264(), _decord()]
+    found = [Check("Python", "ok", platform.python_version()), *_packages(study)]
+    found += [*_device(), _h264(), _decord()]
     found += [_yunet(study), *_data_sets(study), *_raw_folders(study), _disk(study), _cores(study)]
     return found
 
 
-def _packages() -> list[Check]:
+def _packages(study: Study) -> list[Check]:
+    project = tomllib.loads((study.root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [("", text) for text in project["dependencies"]]
+    wanted += [(extra, text) for extra, texts in project["optional-dependencies"].items() for text in texts]
+    return [_package(Requirement(text), extra) for extra, text in wanted if not text.startswith("decord")]
+
+
+def _package(requirement: Requirement, extra: str) -> Check:
+    fix = "pip install -c constraints.txt -e ." if not extra else f'pip install -c constraints.txt -e ".[{extra}]"'
+    status = "optional" if extra else "missing"
     try:
-        required = metadata.requires("unmask") or []
+        version = metadata.version(requirement.name)
     except metadata.PackageNotFoundError:
-        return [Check("unmask", "missing", "not installed", "pip install -c constraints.txt -e .")]
-    found = []
-    for requirement in required:
-        name = REQUIREMENT.match(requirement)[1]
-        marker = requirement.partition(";")[2]
-        if name == "decord":  # has its own line, since PyAV stands in for it
-            continue
-        status = "optional" if "extra ==" in marker else "missing"
-        extra = re.search(r"extra == ['\"](\w+)['\"]", marker)
-        fix = f'pip install -c constraints.txt -e ".[{extra[1]}]"' if extra else "pip install -c constraints.txt -e ."
-        try:
-            found.append(Check(name, "ok", metadata.version(name)))
-        except metadata.PackageNotFoundError:
-            found.append(Check(name, status, "not installed", fix))
-    return found
+        return Check(requirement.name, status, "not installed", fix)
+    if not requirement.specifier.contains(version, prereleases=True):
+        return Check(requirement.name, status, f"{version}, but {requirement.specifier} is needed", fix)
+    return Check(requirement.name, "ok", version)
 
 
-def _device() -> Check:
-    import torch
-
+def _device() -> list[Check]:
+    try:
+        import torch
+    except ImportError as error:
+        return [Check("GPU", "optional", f"cannot tell, PyTorch does not load ({error})")]
+    precision = Check("precision", "ok", "float32")
     if torch.cuda.is_available():
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            precision = Check("precision", "ok", "bfloat16")
         gib = torch.cuda.get_device_properties(0).total_memory / 2**30
-        return Check("GPU", "ok", f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, {gib:.0f} GiB")
-    if torch.backends.mps.is_available():
-        return Check("GPU", "ok", "Apple GPU (mps)")
-    return Check("GPU", "optional", "none that PyTorch sees; the demo runs on the processor, profile paper needs one")
-
-
-def _precision() -> Check:
-    import torch
-
-    if not torch.cuda.is_available():
-        return Check("precision", "ok", "float32")
-    if torch.cuda.is_bf16_supported(including_emulation=False):
-        return Check("precision", "ok", "bfloat16")
-    return Check("precision", "optional", "float32; this GPU has no bfloat16, training is slower")
+        name = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, {gib:.0f} GiB"
+        return [Check("GPU", "ok", name), precision]
+    detail = "none that PyTorch sees; the demo runs on the processor, profile paper needs one"
+    return [Check("GPU", "optional", detail), precision]
 
 
 def _h264() -> Check:
