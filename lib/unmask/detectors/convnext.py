@@ -33,7 +33,7 @@ class SRMBranch(nn.Module):
         self.scale = nn.BatchNorm2d(9)
         layers = []
         for c_in, c_out, stride in ((9, width, 1), (width, width, 2), (width, channels, 2)):
-            layers += [nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.GELU()]
+            layers += [nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
         self.stem = nn.Sequential(*layers)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
