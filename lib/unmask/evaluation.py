@@ -1,4 +1,4 @@
-"""Judge detectors from their score tables and the manifest alone: AUC with group-bootstrap intervals, EER, AP, thresholds.
+"""Judge detectors from score tables and the manifest alone: AUC with group-bootstrap intervals, EER, AP, thresholds.
 
 The threshold of a detector is the one with the best balanced accuracy on the validation split of the data set it was
 trained on; test scores never choose anything.
@@ -19,7 +19,9 @@ from unmask.profile import write_atomic
 
 SCORES = pa.DataFrameSchema(
     {
-        "item_id": pa.Column(str), "frame": pa.Column("int32", pa.Check.ge(-1)), "score": pa.Column(float, pa.Check.in_range(0, 1)),
+        "item_id": pa.Column(str),
+        "frame": pa.Column("int32", pa.Check.ge(-1)),
+        "score": pa.Column(float, pa.Check.in_range(0, 1)),
         "detector": pa.Column(str), "variant": pa.Column(str), "seed": pa.Column("int32"), "checkpoint": pa.Column(str),
     },
     strict=True, unique=["item_id", "frame", "detector", "variant", "seed"],
@@ -43,7 +45,9 @@ def read_scores(path: str | os.PathLike) -> pd.DataFrame:
     try:
         return SCORES.validate(pd.read_parquet(path), lazy=True)
     except (OSError, pyarrow.ArrowException, pa.errors.SchemaErrors) as error:
-        raise ScoreError(f"{path} is not a score table, as `unmask score` or a detector's chapter leaves them: {error}") from error
+        raise ScoreError(
+            f"{path} is not a score table, as `unmask score` or a detector's chapter leaves them: {error}"
+        ) from error
 
 
 def _aucs(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -58,7 +62,9 @@ def _aucs(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.nda
     return np.divide((positive * below).sum(1), mass, out=np.full(len(weights), np.nan), where=mass > 0)
 
 
-def auc_interval(labels, scores, groups, level: float = 0.95, draws: int = 1000, seed: int = 0) -> tuple[float, float, float]:
+def auc_interval(
+    labels, scores, groups, level: float = 0.95, draws: int = 1000, seed: int = 0
+) -> tuple[float, float, float]:
     """Area under the ROC curve with a percentile interval from a bootstrap over groups: (auc, low, high).
 
     labels: int[N], 1 = fake; groups: any[N], the leakage units that are drawn with replacement. scores: float[N], or
@@ -116,7 +122,10 @@ def join(scores: pd.DataFrame, manifest: pd.DataFrame) -> pd.DataFrame:
     """Scores with what the manifest knows of each item. ScoreError if an item is unknown."""
     unknown = set(scores["item_id"]) - set(manifest["item_id"])
     if unknown:
-        raise ScoreError(f"{len(unknown)} scored items are not in the manifest (the first: {sorted(unknown)[0]}); give the manifest they were scored from.")
+        raise ScoreError(
+            f"{len(unknown)} scored items are not in the manifest (the first: {sorted(unknown)[0]}); "
+            "give the manifest they were scored from."
+        )
     return scores.merge(manifest[["item_id", "kind", "dataset", "split", "label", "method", "group_id"]], on="item_id")
 
 
@@ -153,7 +162,11 @@ def slices(df: pd.DataFrame) -> dict[Slice, pd.DataFrame]:
 
 def _row(part: pd.DataFrame, thresholds: dict[int, float], level: float, draws: int) -> dict:
     """The figures of one slice; several seeds are averaged, and the groups are drawn for all seeds together."""
-    wide = part.pivot_table(index=["item_id", "frame", "label", "group_id"], columns="seed", values="score").dropna().reset_index()
+    wide = (
+        part.pivot_table(index=["item_id", "frame", "label", "group_id"], columns="seed", values="score")
+        .dropna()
+        .reset_index()
+    )
     seeds = sorted(thresholds)
     labels, scores, groups = wide["label"].to_numpy(), wide[seeds].to_numpy(), wide["group_id"].to_numpy()
     n_real, n_fake = int((labels == 0).sum()), int((labels == 1).sum())
@@ -161,7 +174,8 @@ def _row(part: pd.DataFrame, thresholds: dict[int, float], level: float, draws: 
     both = n_real > 0 and n_fake > 0
     recall = np.array([recalls(labels, s, thresholds[k]) for k, s in zip(seeds, scores.T, strict=True)])
     return {
-        "seeds": len(seeds), "n_real": n_real, "n_fake": n_fake, "groups": len(set(groups)), "auc": auc, "low": low, "high": high,
+        "seeds": len(seeds), "n_real": n_real, "n_fake": n_fake, "groups": len(set(groups)),
+        "auc": auc, "low": low, "high": high,
         "eer": np.mean([equal_error_rate(labels, s) for s in scores.T]) if both else np.nan,
         "ap": np.mean([average_precision_score(labels, s) for s in scores.T]) if both else np.nan,
         "balanced_accuracy": recall.mean(), "recall_real": recall[:, 0].mean(), "recall_fake": recall[:, 1].mean(),
@@ -170,7 +184,14 @@ def _row(part: pd.DataFrame, thresholds: dict[int, float], level: float, draws: 
     }  # fmt: skip
 
 
-def evaluate(scores: pd.DataFrame, manifest: pd.DataFrame, level: float = 0.95, draws: int = 1000, split: str = "test", seeds: str = "mean") -> pd.DataFrame:
+def evaluate(
+    scores: pd.DataFrame,
+    manifest: pd.DataFrame,
+    level: float = 0.95,
+    draws: int = 1000,
+    split: str = "test",
+    seeds: str = "mean",
+) -> pd.DataFrame:
     """The result table: one row per detector, variant, level, data set, method and choice of reals.
 
     Columns: auc with its interval (low, high), eer, ap, balanced_accuracy / recalls / accuracy at the validation
@@ -189,8 +210,16 @@ def evaluate(scores: pd.DataFrame, manifest: pd.DataFrame, level: float = 0.95, 
             for where, piece in slices(part).items():
                 figures = _row(piece, thresholds, level, draws)
                 frames = 1 if name != "video" or per_video.empty else per_video.median()
-                rows.append({**dict(zip(keys, key, strict=True)), "level": name, **vars(where), **figures, "frames_per_video": int(frames),
-                             "coverage": _coverage(piece, manifest, split, where)})
+                rows.append(
+                    {
+                        **dict(zip(keys, key, strict=True)),
+                        "level": name,
+                        **vars(where),
+                        **figures,
+                        "frames_per_video": int(frames),
+                        "coverage": _coverage(piece, manifest, split, where),
+                    }
+                )
     if not rows:
         raise ScoreError(f"No score belongs to the {split} split of this manifest.")
     return pd.DataFrame(rows)
@@ -198,7 +227,11 @@ def evaluate(scores: pd.DataFrame, manifest: pd.DataFrame, level: float = 0.95, 
 
 def _coverage(piece: pd.DataFrame, manifest: pd.DataFrame, split: str, where: Slice) -> float:
     """Share of the items this slice should have that were scored."""
-    due = manifest[(manifest["split"] == split) & (manifest["dataset"] == where.dataset) & manifest["kind"].isin(set(piece["kind"]))]
+    due = manifest[
+        (manifest["split"] == split)
+        & (manifest["dataset"] == where.dataset)
+        & manifest["kind"].isin(set(piece["kind"]))
+    ]
     if where.method != "all":
         due = due[due["method"].isin(["real", where.method])]
     if where.reals == "matched":
@@ -206,7 +239,9 @@ def _coverage(piece: pd.DataFrame, manifest: pd.DataFrame, split: str, where: Sl
     return piece["item_id"].nunique() / max(1, len(due))
 
 
-def evaluate_files(scores: str | os.PathLike, manifest: str | os.PathLike, out: str | os.PathLike, **options) -> pd.DataFrame:
+def evaluate_files(
+    scores: str | os.PathLike, manifest: str | os.PathLike, out: str | os.PathLike, **options
+) -> pd.DataFrame:
     """`evaluate` on files; writes the table as CSV and returns it."""
     table = evaluate(read_scores(scores), read_manifest(Path(manifest)), **options)
     write_atomic(out, table.to_csv(index=False, float_format="%.4f"))

@@ -45,9 +45,16 @@ def score_crops(detector: base.Detector, store: CropStore, index: pd.DataFrame, 
     return pd.concat([frames, clips], ignore_index=True).astype({"frame": "int32"})
 
 
-def score_table(detector: base.Detector, card: dict, store: CropStore, index: pd.DataFrame, variant: str) -> pd.DataFrame:
+def score_table(
+    detector: base.Detector, card: dict, store: CropStore, index: pd.DataFrame, variant: str
+) -> pd.DataFrame:
     """`score_crops` with the columns that say where the scores come from, as in the contract of score tables."""
-    run = {"detector": detector.name, "variant": variant, "seed": np.int32(card["seed"]), "checkpoint": card["sha256"][:12]}
+    run = {
+        "detector": detector.name,
+        "variant": variant,
+        "seed": np.int32(card["seed"]),
+        "checkpoint": card["sha256"][:12],
+    }
     return score_crops(detector, store, index).assign(**run).astype({"seed": "int32"})
 
 
@@ -55,7 +62,11 @@ def expand(media: Iterable[str | os.PathLike]) -> Iterator[Path]:
     """Files as they are, folders as all their files below, each once, hidden files left out."""
     seen = set()
     for given in map(Path, media):
-        inside = sorted(p for p in given.rglob("*") if p.is_file() and not p.name.startswith(".")) if given.is_dir() else [given]
+        inside = (
+            sorted(p for p in given.rglob("*") if p.is_file() and not p.name.startswith("."))
+            if given.is_dir()
+            else [given]
+        )
         for path in inside:
             if (absolute := path.absolute()) not in seen:
                 seen.add(absolute)
@@ -78,13 +89,21 @@ def _manifest(paths: list[Path]) -> pd.DataFrame:
         absolute = path.absolute()
         identity = item_id("media", str(absolute))
         row |= {
-            "item_id": identity, "root": str(absolute.parent), "path": absolute.name, "dataset": "media", "split": "test", "label": 0,
+            "item_id": identity, "root": str(absolute.parent), "path": absolute.name, "dataset": "media",
+            "split": "test", "label": 0,
             "kind": kind_of(absolute.name), "method": "real", "group_id": identity,
         }  # fmt: skip
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"label": "int8"})
 
 
-def score_media(media: Iterable[str | os.PathLike], checkpoint: str | os.PathLike, out: str | os.PathLike, locator: str | None = None, workers: int = 1, deadline: float = 30.0) -> pd.DataFrame:
+def score_media(
+    media: Iterable[str | os.PathLike],
+    checkpoint: str | os.PathLike,
+    out: str | os.PathLike,
+    locator: str | None = None,
+    workers: int = 1,
+    deadline: float = 30.0,
+) -> pd.DataFrame:
     """Score files and folders with a checkpoint; one row per input, failures too, in the order given.
 
     Writes `out` (CSV: path, status ok|failed, score = P(fake), reason, frames, faces, decoder) and beside it a JSON
@@ -105,7 +124,9 @@ def score_media(media: Iterable[str | os.PathLike], checkpoint: str | os.PathLik
     table = table.merge(scores.loc[scores["frame"] == -1, ["item_id", "score"]], on="item_id", how="left")
     report = table[["path", "status", "score", "reason", "frames", "faces", "decoder"]]
     write_atomic(out, report.to_csv(index=False, float_format="%.6f"))
-    per_frame = {k: g.set_index("frame")["score"].round(6).to_dict() for k, g in scores[scores["frame"] >= 0].groupby("item_id")}
+    per_frame = {
+        k: g.set_index("frame")["score"].round(6).to_dict() for k, g in scores[scores["frame"] >= 0].groupby("item_id")
+    }
     rows = [
         {**row, "score": None if np.isnan(row["score"]) else row["score"], "frame_scores": per_frame.get(identity, {})}
         for identity, row in zip(table["item_id"], report.to_dict("records"), strict=True)

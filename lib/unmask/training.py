@@ -1,7 +1,7 @@
 """Train a detector on real faces and their self-blends: a short visible loop on Hugging Face Accelerate.
 
-Only the crops of real media of the train split are read (labels choose the reals, no fake is ever opened), the checkpoint
-is chosen on self-blends of the real validation faces, and no step sees the test split.
+Only crops of real media are read (labels choose the reals, no fake is ever opened): those of the train split to learn
+from, those of the validation split, with their self-blends, to choose the checkpoint. No step sees the test split.
 """
 
 import contextlib
@@ -9,7 +9,6 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,10 +23,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
 from unmask import sbi
-from unmask.data.crops import CropStore
-from unmask.data.manifest import manifest_hash
+from unmask.data.crops import CropStore, read_index
+from unmask.data.manifest import manifest_hash, read_manifest
 from unmask.detectors import base
-from unmask.profile import digest, write_atomic
+from unmask.profile import Profile, digest, write_atomic
 from unmask.progress import track
 
 STATE = "last.pt"
@@ -52,12 +51,12 @@ class Options:
     patience: int
     boundary: float
     recipe: str
-    workers: int = 0
+    loaders: int = 0
     shuffle: bool = False
 
     def key(self) -> str:
         """Hash of all that changes the result."""
-        return digest({k: v for k, v in vars(self).items() if k != "workers"})
+        return digest({k: v for k, v in vars(self).items() if k != "loaders"})
 
 
 def real_crops(index: pd.DataFrame, manifest: pd.DataFrame, split: str) -> pd.DataFrame:
@@ -65,49 +64,63 @@ def real_crops(index: pd.DataFrame, manifest: pd.DataFrame, split: str) -> pd.Da
     reals = manifest.loc[(manifest["split"] == split) & (manifest["label"] == 0), "item_id"]
     rows = index[index["item_id"].isin(set(reals))].sort_values(["item_id", "frame"], ignore_index=True)
     if rows.empty:
-        raise TrainingError(f"There is no crop of a real face in the {split} split; check the manifest and the failures of the preprocessing.")
+        raise TrainingError(
+            f"There is no crop of a real face in the {split} split; "
+            "check the manifest and the failures of the preprocessing."
+        )
     return rows
 
 
 class SelfBlendPairs(Dataset):
     """Pairs (real, self-blend) cut from real crops. `training=False` gives one fixed pair per crop, unaugmented.
 
-    A sample is images uint8[2,S,S,3] (real, fake) and boundary float32[2,S/8,S/8]; it depends on seed, epoch and crop alone.
+    A sample is images uint8[2,S,S,3] (real, fake) and boundary float32[2,S/8,S/8]; seed, epoch and crop decide it.
     """
 
     def __init__(self, store: CropStore, rows: pd.DataFrame, size: int, seed: int, recipe: str, training: bool):
-        self.store, self.rows, self.size, self.seed, self.recipe, self.training = store, rows.to_dict("records"), size, seed, recipe, training
-        self.epoch = 0
+        self.store, self.rows, self.size, self.seed, self.recipe, self.training = (
+            store,
+            rows.to_dict("records"),
+            size,
+            seed,
+            recipe,
+            training,
+        )
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, where: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sample of (epoch, crop); the epoch is part of the index, so that loader processes live through all epochs."""
         cv2.setNumThreads(1)
+        epoch, i = where
         row = self.rows[i]
         image, points = self.store.image(row), np.asarray(row["landmarks"], np.float32).reshape(-1, 2)
-        rng = sbi.sample_rng(self.seed, row["item_id"], row["frame"], self.epoch)
+        rng = sbi.sample_rng(self.seed, row["item_id"], row["frame"], epoch)
         if self.training:
             real, fake, mask = sbi.training_pair(image, points, rng, self.size, self.recipe)
         else:
             blend, box = sbi.self_blend(image, points, rng, self.recipe), sbi.crop_box(points)
             real, fake, mask = (sbi.crop(picture, box, self.size) for picture in (blend.real, blend.fake, blend.mask))
         edge = cv2.resize(4 * mask * (1 - mask), (self.size // 8, self.size // 8), interpolation=cv2.INTER_AREA)
-        return torch.from_numpy(np.stack([real, fake])), torch.from_numpy(np.stack([np.zeros_like(edge), edge]).astype(np.float32))
+        return torch.from_numpy(np.stack([real, fake])), torch.from_numpy(
+            np.stack([np.zeros_like(edge), edge]).astype(np.float32)
+        )
 
 
-def epoch_order(rows: pd.DataFrame, frames_per_clip: int, seed: int, epoch: int) -> list[int]:
-    """Which crops an epoch visits: `frames_per_clip` of every item (with repetition if it has fewer), shuffled."""
-    rng = np.random.default_rng([seed, 0x5B1, epoch])
+def batch_plan(rows: pd.DataFrame, options: Options, epoch: int) -> list[list[tuple[int, int]]]:
+    """The batches of an epoch, as lists of (epoch, crop): `frames_per_clip` crops of every item, shuffled."""
+    rng = np.random.default_rng([options.seed, 0x5B1, epoch])
     groups = rows.groupby("item_id", sort=True).indices.values()
-    drawn = [rng.choice(g, frames_per_clip, replace=len(g) < frames_per_clip) for g in groups]
-    return rng.permutation(np.concatenate(drawn)).tolist()
+    drawn = [rng.choice(g, options.frames_per_clip, replace=len(g) < options.frames_per_clip) for g in groups]
+    order = [(epoch, int(i)) for i in rng.permutation(np.concatenate(drawn))]
+    return [order[i : i + options.batch] for i in range(0, len(order), options.batch)]
 
 
-def _batches(data: SelfBlendPairs, order: list[int], batch: int, workers: int) -> Iterator:
-    chunks = [order[i : i + batch] for i in range(0, len(order), batch)]
-    context = "spawn" if workers else None
-    yield from DataLoader(data, batch_sampler=chunks, num_workers=workers, multiprocessing_context=context)
+def _loader(data: SelfBlendPairs, batches: list[list[tuple[int, int]]], loaders: int) -> DataLoader:
+    return DataLoader(
+        data, batch_sampler=batches, num_workers=loaders, multiprocessing_context="spawn" if loaders else None
+    )
 
 
 def _schedule(step: int, steps: int, warmup: float) -> float:
@@ -128,20 +141,29 @@ def _loss(detector, images: torch.Tensor, edges: torch.Tensor, options: Options,
     return loss
 
 
-def _flips(rows: list[str], options: Options) -> torch.Tensor:
-    """Which samples have their two labels exchanged: none, or in the control a fixed half of the crops."""
-    if not options.shuffle:
-        return torch.zeros(len(rows), dtype=torch.bool)
-    return torch.tensor([np.random.default_rng([options.seed, int(digest(r), 16)]).random() < 0.5 for r in rows])
+def _flips(rows: list[dict], options: Options) -> torch.Tensor:
+    """Which pairs have their labels exchanged, bool[len(rows)]: none, or in the control a fixed half of the crops."""
+    key = f"{options.seed}/"
+    return torch.tensor(
+        [options.shuffle and int(digest(f"{key}{r['item_id']}/{r['frame']}"), 16) % 2 == 1 for r in rows]
+    )
 
 
 @torch.no_grad()
 def validate(detector, loader) -> dict[str, float]:
     """AUC and cross-entropy on the fixed self-blends of the validation faces."""
     detector.eval()
-    logits = torch.cat([detector(detector.prepare(images.flatten(0, 1).to(device(detector))).unsqueeze(1)).float().cpu() for images, _ in loader])
+    logits = torch.cat(
+        [
+            detector(detector.prepare(images.flatten(0, 1).to(device(detector))).unsqueeze(1)).float().cpu()
+            for images, _ in loader
+        ]
+    )
     labels = torch.tensor([0.0, 1.0]).repeat(len(logits) // 2)
-    return {"val_auc": float(roc_auc_score(labels, logits)), "val_loss": float(F.binary_cross_entropy_with_logits(logits, labels))}
+    return {
+        "val_auc": float(roc_auc_score(labels, logits)),
+        "val_loss": float(F.binary_cross_entropy_with_logits(logits, labels)),
+    }
 
 
 def device(module: torch.nn.Module) -> torch.device:
@@ -167,8 +189,16 @@ def _own_randomness(seed: int):
         yield
 
 
-def train(name: str, config: dict, manifest: pd.DataFrame, index: pd.DataFrame, store: CropStore, out: str | os.PathLike, options: Options) -> Path:
-    """Train detector `name` with `config` and leave the checkpoint of the best validation epoch in `out`; returns `out`.
+def train(
+    name: str,
+    config: dict,
+    manifest: pd.DataFrame,
+    index: pd.DataFrame,
+    store: CropStore,
+    out: str | os.PathLike,
+    options: Options,
+) -> Path:
+    """Train detector `name` with `config`, leave the checkpoint of the best validation epoch in `out` and return `out`.
 
     Killed at any point, the same call goes on from the last whole epoch and ends with the same weights; finished and
     unchanged, it returns at once. Raises TrainingError.
@@ -181,37 +211,61 @@ def train(name: str, config: dict, manifest: pd.DataFrame, index: pd.DataFrame, 
     with _own_randomness(options.seed):
         accelerator = Accelerator(mixed_precision=_precision())
         detector = base.build(name, **config)
-        return _fit(accelerator, detector, SelfBlendPairs(store, rows, detector.input_spec.size, options.seed, options.recipe, True),
-                    SelfBlendPairs(store, val_rows, detector.input_spec.size, options.seed, options.recipe, False), rows, out, options, key)
+        pairs = [
+            SelfBlendPairs(store, part, detector.input_spec.size, options.seed, options.recipe, training)
+            for part, training in ((rows, True), (val_rows, False))
+        ]
+        return _fit(accelerator, detector, *pairs, rows, out, options, key)
 
 
 def _fit(accelerator, detector, data, val_data, rows, out: Path, options: Options, key: str) -> Path:
-    per_epoch = math.ceil(rows["item_id"].nunique() * options.frames_per_clip / options.batch)
-    steps = per_epoch * options.epochs
+    plans = [batch_plan(rows, options, epoch) for epoch in range(options.epochs)]
+    steps = sum(map(len, plans))
     optimizer = torch.optim.AdamW(detector.trainable_parameters(), lr=options.lr, weight_decay=options.weight_decay)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _schedule(step, steps, options.warmup))
     detector, optimizer = accelerator.prepare(detector, optimizer)
-    average = AveragedModel(detector, multi_avg_fn=get_ema_multi_avg_fn(options.ema)) if options.ema else None
-    parts = {"detector": detector, "optimizer": optimizer, "scheduler": scheduler} | ({"average": average} if average else {})
+    average = (
+        AveragedModel(detector, multi_avg_fn=get_ema_multi_avg_fn(options.ema), use_buffers=True)
+        if options.ema
+        else None
+    )
+    parts = {"detector": detector, "optimizer": optimizer, "scheduler": scheduler} | (
+        {"average": average} if average else {}
+    )
     history, best = _resume(out / STATE, parts, key)
-    val_loader = DataLoader(val_data, batch_size=32)
-    stale = len(history) - 1 - max(range(len(history)), key=lambda i: -history[i]["val_loss"], default=-1)
-    for epoch in track(range(len(history), options.epochs), options.epochs - len(history), f"training {out.name}, epochs"):
-        if options.patience and history and stale >= options.patience:
+    ahead = plans[len(history) :]
+    batches = iter(_loader(data, [batch for plan in ahead for batch in plan], options.loaders))
+    val_batches = [[(0, i)] for i in range(len(val_data))]
+    for plan in track(ahead, label=f"training {out.name}, epochs"):
+        if options.patience and len(history) - _best_epoch(history) > options.patience:
             break
-        data.epoch = epoch
-        losses = _epoch(accelerator, detector, average, optimizer, scheduler, data, epoch_order(rows, options.frames_per_clip, options.seed, epoch), options)
-        shown = average.module if average else detector
-        history.append({"epoch": epoch, "loss": float(np.mean(losses)), **validate(accelerator.unwrap_model(shown), val_loader)})
-        stale = 0 if history[-1]["val_loss"] <= min(h["val_loss"] for h in history) else stale + 1
-        if stale == 0:
-            best = {k: v.detach().cpu().clone() for k, v in accelerator.unwrap_model(shown).state_dict().items()}
-        _save_state(out / STATE, {"key": key, "history": history, "best": best, "rng": torch.get_rng_state(), **{k: p.state_dict() for k, p in parts.items()}})
+        losses = _epoch(accelerator, parts, (next(batches) for _ in plan), plan, data, options)
+        shown = accelerator.unwrap_model(average.module if average else detector)
+        figures = validate(shown, _loader(val_data, val_batches, 0))
+        history.append({"epoch": len(history), "loss": float(np.mean(losses)), **figures})
+        if _best_epoch(history) == len(history) - 1:
+            best = {k: v.detach().cpu().clone() for k, v in shown.state_dict().items()}
+        state = {"key": key, "history": history, "best": best, "rng": torch.get_rng_state()}
+        _save_state(out / STATE, state | {name: part.state_dict() for name, part in parts.items()})
     final = accelerator.unwrap_model(detector)
     final.load_state_dict(best)
-    base.save_checkpoint(final, out, training_key=key, seed=options.seed, options=vars(options) | {"workers": None}, history=history, trained_on="self-blends of real faces")
+    settings = {k: v for k, v in vars(options).items() if k != "loaders"}
+    base.save_checkpoint(
+        final,
+        out,
+        training_key=key,
+        seed=options.seed,
+        options=settings,
+        history=history,
+        preprocessing=data.store.settings(),
+    )
     (out / STATE).unlink()
     return out
+
+
+def _best_epoch(history: list[dict]) -> int:
+    """The epoch with the lowest validation loss; the first of equals."""
+    return min(range(len(history)), key=lambda i: history[i]["val_loss"])
 
 
 def _resume(path: Path, parts: dict, key: str) -> tuple[list[dict], dict]:
@@ -227,23 +281,37 @@ def _resume(path: Path, parts: dict, key: str) -> tuple[list[dict], dict]:
     return state["history"], state["best"]
 
 
-def _epoch(accelerator, detector, average, optimizer, scheduler, data, order, options: Options) -> list[float]:
-    """One pass over `order`; returns the loss of every step."""
-    detector.train()
-    losses, names = [], [f"{r['item_id']}/{r['frame']}" for r in data.rows]
-    for step, (images, edges) in enumerate(_batches(data, order, options.batch, options.workers)):
-        chosen = order[step * options.batch : (step + 1) * options.batch]
-        flipped = _flips([names[i] for i in chosen], options)
+def _epoch(accelerator, parts: dict, batches, plan, data: SelfBlendPairs, options: Options) -> list[float]:
+    """One pass; returns the loss of every step."""
+    detector, optimizer = parts["detector"].train(), parts["optimizer"]
+    losses = []
+    for (images, edges), chosen in zip(batches, plan, strict=True):
+        flipped = _flips([data.rows[i] for _, i in chosen], options).to(accelerator.device)
         with accelerator.autocast():
-            loss = _loss(accelerator.unwrap_model(detector), images.to(accelerator.device), edges.to(accelerator.device), options, flipped.to(accelerator.device))
+            model = accelerator.unwrap_model(detector)
+            loss = _loss(model, images.to(accelerator.device), edges.to(accelerator.device), options, flipped)
         if not torch.isfinite(loss):
             raise TrainingError("The loss is no longer a number; lower train.lr.")
         optimizer.zero_grad(set_to_none=True)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(detector.parameters(), 1.0)
         optimizer.step()
-        scheduler.step()
-        if average:
-            average.update_parameters(detector)
+        parts["scheduler"].step()
+        if "average" in parts:
+            parts["average"].update_parameters(detector)
         losses.append(loss.item())
     return losses
+
+
+def train_detector(
+    name: str,
+    profile: Profile,
+    manifest: str | os.PathLike,
+    crops: str | os.PathLike,
+    out: str | os.PathLike,
+    seed: int,
+    shuffle: bool = False,
+) -> Path:
+    """`train` with everything a profile says, on files: a manifest and the folder of its crops."""
+    options = Options(seed=seed, recipe=profile.sbi.recipe, shuffle=shuffle, **profile.train)
+    return train(name, dict(profile[name]), read_manifest(manifest), read_index(crops), CropStore(crops), out, options)

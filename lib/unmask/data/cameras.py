@@ -9,7 +9,12 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-BAYER = {"RG": cv2.COLOR_BayerBG2RGB, "BG": cv2.COLOR_BayerRG2RGB, "GR": cv2.COLOR_BayerGB2RGB, "GB": cv2.COLOR_BayerGR2RGB}
+BAYER = {
+    "RG": cv2.COLOR_BayerBG2RGB,
+    "BG": cv2.COLOR_BayerRG2RGB,
+    "GR": cv2.COLOR_BayerGB2RGB,
+    "GB": cv2.COLOR_BayerGR2RGB,
+}
 FULL_WELL = 4095.0  # a 12-bit sensor
 
 
@@ -64,7 +69,11 @@ def make_cameras(prefix: str, count: int, size: int, prnu: float, rng: np.random
     """
     models = [sample_model(f"{prefix}{chr(ord('A') + i)}", rng) for i in range((count + 1) // 2)]
     return [
-        Camera(f"{models[i // 2].name}{i % 2 + 1}", models[i // 2], (prnu * rng.standard_normal((size, size))).astype(np.float32))
+        Camera(
+            f"{models[i // 2].name}{i % 2 + 1}",
+            models[i // 2],
+            (prnu * rng.standard_normal((size, size))).astype(np.float32),
+        )
         for i in range(count)
     ]
 
@@ -93,7 +102,9 @@ def expose(radiance: np.ndarray, camera: Camera, rng: np.random.Generator) -> np
     model = camera.model
     light = cv2.GaussianBlur(radiance, (0, 0), model.blur) * _falloff(radiance.shape[0], model.vignetting)[..., None]
     signal = _mosaic(light, model.bayer) * (1 + camera.prnu) * (0.9 * FULL_WELL)
-    noise = rng.standard_normal(signal.shape, dtype=np.float32) * np.sqrt(model.shot * np.maximum(signal, 0) + model.read**2)
+    noise = rng.standard_normal(signal.shape, dtype=np.float32) * np.sqrt(
+        model.shot * np.maximum(signal, 0) + model.read**2
+    )
     raw = np.clip(signal + noise, 0, FULL_WELL).astype(np.uint16)
     linear = cv2.cvtColor(raw, BAYER[model.bayer]).astype(np.float32) / FULL_WELL
     balanced = np.clip(linear * np.float32(model.white_balance), 0, 1)

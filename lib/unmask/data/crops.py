@@ -262,6 +262,14 @@ class CropStore:
         for descriptor in self._files.values():
             os.close(descriptor)
 
+    def settings(self) -> dict:
+        """How the crops were made: frames, size, margin, align and encoding. Raises CropError."""
+        try:
+            kept = json.loads((self.out / "settings.json").read_text(encoding="utf-8"))
+            return {key: kept[key] for key in ("frames", "size", "margin", "align", "encoding")}
+        except (OSError, ValueError, KeyError) as error:
+            raise CropError(f"{self.out} has no readable settings.json; run the preprocessing again.") from error
+
     def image(self, row, check: bool = False) -> np.ndarray:
         """The crop of one index row (Series, mapping or named tuple), uint8[S,S,3] RGB.
 

@@ -45,7 +45,12 @@ def match_colour(image: np.ndarray, reference: np.ndarray, mask: np.ndarray, str
     if inside.sum() < 16:
         return image
     lab, goal = (cv2.cvtColor(a / np.float32(255), cv2.COLOR_RGB2LAB) for a in (image, reference))
-    mean, spread, goal_mean, goal_spread = lab[inside].mean(0), lab[inside].std(0) + 1e-3, goal[inside].mean(0), goal[inside].std(0) + 1e-3
+    mean, spread, goal_mean, goal_spread = (
+        lab[inside].mean(0),
+        lab[inside].std(0) + 1e-3,
+        goal[inside].mean(0),
+        goal[inside].std(0) + 1e-3,
+    )
     matched = (lab - mean) * np.clip(goal_spread / spread, 0.5, 2) + goal_mean
     return 255 * cv2.cvtColor((lab + strength * (matched - lab)).astype(np.float32), cv2.COLOR_LAB2RGB)
 
@@ -92,7 +97,9 @@ def swap(frames, landmarks, source, source_landmarks, rng, difficulty=0.5, blend
         best = int(np.argmin(np.abs(source_opening - opening[i])))
         goal = (points + rng.normal(0, jitter, 2) + rng.normal(0, 0.3 * jitter, points.shape)).astype(np.float32)
         warp, _ = cv2.estimateAffine2D(source_landmarks[best][:68], goal[:68], method=cv2.LMEDS)
-        face = cv2.warpAffine(source[best].astype(np.float32), warp, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        face = cv2.warpAffine(
+            source[best].astype(np.float32), warp, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+        )
         masks[i] = soft_hull(points[FACE], size, shrink, feather)
         face = match_colour(_resample(face, factor), frame.astype(np.float32), masks[i], strength)
         out[i] = (_paste if blend == "alpha" else _multiband)(frame, face, masks[i])
@@ -129,7 +136,9 @@ def reenact(frames, landmarks, driver_landmarks, rng, difficulty=0.5) -> Forgery
     pixels = np.stack(np.meshgrid(axis, axis), 2)
     for i, frame in enumerate(frames):
         flow = _displacement(landmarks[i], goal[i], size, 0.09 * width)
-        face = cv2.remap(frame.astype(np.float32), pixels + flow, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        face = cv2.remap(
+            frame.astype(np.float32), pixels + flow, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+        )
         masks[i] = soft_hull(landmarks[i][FACE], size, 0.92, feather)
         out[i] = _paste(frame, _resample(face, factor), masks[i])
     return Forgery(out, goal.astype(np.float32), masks)
@@ -141,8 +150,15 @@ def texture(frames, landmarks, rng, difficulty=0.5) -> Forgery:
     rank = max(1, round(_mix(2, 6, difficulty)))
     template = landmarks.mean(0)
     template = (template - template.min(0)) / np.ptp(template, axis=0).max() * (0.9 * ALIGNED) + 0.05 * ALIGNED
-    warps = [cv2.estimateAffinePartial2D(p[:68], template[:68].astype(np.float32), method=cv2.LMEDS)[0] for p in landmarks]
-    faces = np.stack([cv2.warpAffine(f.astype(np.float32), w, (ALIGNED, ALIGNED), flags=cv2.INTER_AREA) for f, w in zip(frames, warps, strict=True)])
+    warps = [
+        cv2.estimateAffinePartial2D(p[:68], template[:68].astype(np.float32), method=cv2.LMEDS)[0] for p in landmarks
+    ]
+    faces = np.stack(
+        [
+            cv2.warpAffine(f.astype(np.float32), w, (ALIGNED, ALIGNED), flags=cv2.INTER_AREA)
+            for f, w in zip(frames, warps, strict=True)
+        ]
+    )
     flat = faces.reshape(len(faces), -1)
     mean = flat.mean(0)
     values, vectors = np.linalg.eigh((flat - mean) @ (flat - mean).T)
@@ -151,7 +167,13 @@ def texture(frames, landmarks, rng, difficulty=0.5) -> Forgery:
     tint = rng.normal(0, _mix(3, 0.5, difficulty), 3)
     out, masks = np.empty_like(frames), np.empty(frames.shape[:3], np.float32)
     for i, frame in enumerate(frames):
-        face = cv2.warpAffine((decoded[i] + tint).astype(np.float32), warps[i], (size, size), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REPLICATE)
+        face = cv2.warpAffine(
+            (decoded[i] + tint).astype(np.float32),
+            warps[i],
+            (size, size),
+            flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+            borderMode=cv2.BORDER_REPLICATE,
+        )
         masks[i] = soft_hull(landmarks[i][LOWER], size, 0.95, _mix(1.0, 3.0, difficulty))
         out[i] = _paste(frame, face, masks[i])
     return Forgery(out, landmarks, masks)
@@ -186,5 +208,7 @@ def synthesise(frames, landmarks, imagine: Callable[[int, int], np.ndarray], rng
     for i, frame in enumerate(frames):
         face = upsample(imagine(i, latent), size, uneven)
         masks[i] = soft_hull(landmarks[i][FACE], size, 1.02, feather)
-        out[i] = _paste(frame, match_colour(face, frame.astype(np.float32), masks[i], _mix(0.4, 0.8, difficulty)), masks[i])
+        out[i] = _paste(
+            frame, match_colour(face, frame.astype(np.float32), masks[i], _mix(0.4, 0.8, difficulty)), masks[i]
+        )
     return Forgery(out, landmarks, masks)

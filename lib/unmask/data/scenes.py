@@ -35,7 +35,9 @@ def background(rng: np.random.Generator, size: int) -> np.ndarray:
         for _ in range(int(rng.integers(60, 140))):
             centre = (rng.uniform(0, 1, 2) * side).astype(int).tolist()
             axes = (rng.uniform(0.01, 0.08, 2) * side).astype(int) + 1
-            cv2.ellipse(scene, centre, axes.tolist(), rng.uniform(0, 180), 0, 360, (tint * rng.uniform(0.3, 1.6)).tolist(), -1)
+            cv2.ellipse(
+                scene, centre, axes.tolist(), rng.uniform(0, 180), 0, 360, (tint * rng.uniform(0.3, 1.6)).tolist(), -1
+            )
         scene = cv2.GaussianBlur(scene, (0, 0), rng.uniform(0.5, 2.5))
     else:  # a plain wall with stains
         stains = cv2.GaussianBlur(rng.standard_normal((side, side), dtype=np.float32), (0, 0), side / 14)
@@ -65,7 +67,12 @@ def draw_body(canvas: np.ndarray, subject: Subject, pose: Pose, fabric: np.ndarr
     _blend(canvas, _ellipse(x, y - 0.22 * s, 1.04 * volume * s, 1.2 * volume * s), 0.9 * subject.hair, 1.2)
     neck = np.array([[-0.52, 0.7], [0.52, 0.7], [0.6, 1.9], [-0.6, 1.9]]) * s + (x, y)
     _blend(canvas, neck, 0.5 * subject.skin, 2.0)
-    shoulders = np.concatenate([_ellipse(x, y + 3.0 * s, 2.5 * s, 1.5 * s, np.pi, 2 * np.pi), [[x + 2.5 * s, y + 6 * s], [x - 2.5 * s, y + 6 * s]]])
+    shoulders = np.concatenate(
+        [
+            _ellipse(x, y + 3.0 * s, 2.5 * s, 1.5 * s, np.pi, 2 * np.pi),
+            [[x + 2.5 * s, y + 6 * s], [x - 2.5 * s, y + 6 * s]],
+        ]
+    )
     _blend(canvas, shoulders, fabric[..., None] * subject.clothes, 1.0)
 
 
@@ -79,7 +86,10 @@ def film(subject: Subject, rng: np.random.Generator, frames: int, fps: float, si
     weave = 1 + 0.06 * rng.standard_normal((size, size), dtype=np.float32)
     t = np.arange(frames) / fps
     margin = scene.shape[0] - size
-    pan = [margin * (0.5 + 0.35 * np.sin(2 * np.pi * rng.uniform(0.1, 0.4) * t + rng.uniform(0, 2 * np.pi))) for _ in range(2)]
+    pan = [
+        margin * (0.5 + 0.35 * np.sin(2 * np.pi * rng.uniform(0.1, 0.4) * t + rng.uniform(0, 2 * np.pi)))
+        for _ in range(2)
+    ]
     shake = 0.6 * cv2.GaussianBlur(rng.standard_normal((frames, 2)).astype(np.float32), (1, 5), 1.0)
     textures = base_texture(subject)
     radiance, landmarks = np.empty((frames, size, size, 3), np.float32), np.empty((frames, 81, 2), np.float32)

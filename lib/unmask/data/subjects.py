@@ -81,7 +81,10 @@ def perform(rng: np.random.Generator, frames: int, fps: float, size: int) -> lis
     t = np.arange(frames) / fps
 
     def sway(amplitude: float, low: float = 0.15, high: float = 0.6) -> np.ndarray:
-        waves = [rng.uniform(0.4, 1) * np.sin(2 * np.pi * rng.uniform(low, high) * t + rng.uniform(0, 2 * np.pi)) for _ in range(2)]
+        waves = [
+            rng.uniform(0.4, 1) * np.sin(2 * np.pi * rng.uniform(low, high) * t + rng.uniform(0, 2 * np.pi))
+            for _ in range(2)
+        ]
         return amplitude * sum(waves) / 1.4
 
     syllables = np.abs(np.sin(np.pi * rng.uniform(2.5, 4.5) * t + rng.uniform(0, np.pi)))
@@ -115,21 +118,57 @@ def canonical_landmarks(subject: Subject, pose: Pose) -> np.ndarray:
     s = subject.shape
     theta = np.linspace(0, np.pi, 17)
     squareness = s["jaw"]
-    jaw = np.stack([-0.95 * np.sign(np.cos(theta)) * np.abs(np.cos(theta)) ** squareness, -0.16 + (s["chin"] + 0.1 * pose.mouth + 0.16) * np.sin(theta)], 1)
+    jaw = np.stack(
+        [
+            -0.95 * np.sign(np.cos(theta)) * np.abs(np.cos(theta)) ** squareness,
+            -0.16 + (s["chin"] + 0.1 * pose.mouth + 0.16) * np.sin(theta),
+        ],
+        1,
+    )
     arch = np.array([0, 0.7, 1, 0.8, 0.3])
-    brow = np.stack([np.linspace(-0.71, -0.17, 5), -0.14 - s["brow_height"] - s["brow_arch"] * arch - 0.03 * max(pose.smile, 0)], 1)
+    brow = np.stack(
+        [np.linspace(-0.71, -0.17, 5), -0.14 - s["brow_height"] - s["brow_arch"] * arch - 0.03 * max(pose.smile, 0)], 1
+    )
     bridge = np.stack([np.zeros(4), np.linspace(-0.16, -0.16 + s["nose_length"], 4)], 1)
-    nostrils = np.stack([s["nose_width"] * np.linspace(-1, 1, 5), -0.06 + s["nose_length"] + 0.06 * np.array([0, 0.7, 1, 0.7, 0])], 1)
-    w, y, lip, gap = s["mouth_width"] * (1 + 0.15 * pose.smile - 0.12 * pose.mouth), s["mouth_height"], s["lip"], 0.2 * pose.mouth
+    nostrils = np.stack(
+        [s["nose_width"] * np.linspace(-1, 1, 5), -0.06 + s["nose_length"] + 0.06 * np.array([0, 0.7, 1, 0.7, 0])], 1
+    )
+    w, y, lip, gap = (
+        s["mouth_width"] * (1 + 0.15 * pose.smile - 0.12 * pose.mouth),
+        s["mouth_height"],
+        s["lip"],
+        0.2 * pose.mouth,
+    )
     lift = -0.07 * pose.smile
     top = [(-0.65, -0.75), (-0.25, -1), (0, -0.85), (0.25, -1), (0.65, -0.75)]
     bottom = [(0.65, 0.8), (0.3, 1.1), (0, 1.2), (-0.3, 1.1), (-0.65, 0.8)]
-    outer = [(-w, y + lift), *((w * a, y + lip * b) for a, b in top), (w, y + lift), *((w * a, y + gap * (1 - abs(a) / 2) + lip * b) for a, b in bottom)]
+    outer = [
+        (-w, y + lift),
+        *((w * a, y + lip * b) for a, b in top),
+        (w, y + lift),
+        *((w * a, y + gap * (1 - abs(a) / 2) + lip * b) for a, b in bottom),
+    ]
     inner_top, inner_bottom = [(-0.45, -0.05), (0, 0.0), (0.45, -0.05)], [(0.45, 0.8), (0, 1.0), (-0.45, 0.8)]
-    inner = [(-0.85 * w, y + 0.8 * lift), *((w * a, y + lip * b) for a, b in inner_top), (0.85 * w, y + 0.8 * lift), *((w * a, y + 0.02 + gap * b) for a, b in inner_bottom)]
+    inner = [
+        (-0.85 * w, y + 0.8 * lift),
+        *((w * a, y + lip * b) for a, b in inner_top),
+        (0.85 * w, y + 0.8 * lift),
+        *((w * a, y + 0.02 + gap * b) for a, b in inner_bottom),
+    ]
     arc = np.linspace(np.pi - 0.25, 0.25, 13)
     forehead = np.stack([0.9 * np.cos(arc), -0.2 + (s["hairline"] + 0.16) * np.sin(arc)], 1)
-    parts = [jaw, brow, brow[::-1] * (-1, 1), bridge, nostrils, _eye(s, -1, pose.eyes), _eye(s, 1, pose.eyes), outer, inner, forehead]
+    parts = [
+        jaw,
+        brow,
+        brow[::-1] * (-1, 1),
+        bridge,
+        nostrils,
+        _eye(s, -1, pose.eyes),
+        _eye(s, 1, pose.eyes),
+        outer,
+        inner,
+        forehead,
+    ]
     return np.concatenate([np.asarray(p, float) for p in parts])
 
 
@@ -180,7 +219,9 @@ def _paint(canvas: np.ndarray, coverage: np.ndarray, colour: np.ndarray) -> None
 
 def _noise(rng: np.random.Generator, sigma: float, aspect: float = 1.0) -> np.ndarray:
     """Smooth noise of unit variance, float32[TEXTURE,TEXTURE]; aspect > 1 makes vertical streaks."""
-    field = cv2.GaussianBlur(rng.standard_normal((TEXTURE, TEXTURE), dtype=np.float32), (0, 0), sigma, sigmaY=sigma * aspect)
+    field = cv2.GaussianBlur(
+        rng.standard_normal((TEXTURE, TEXTURE), dtype=np.float32), (0, 0), sigma, sigmaY=sigma * aspect
+    )
     return field / field.std()
 
 
@@ -200,15 +241,26 @@ def base_texture(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
     cheeks = sum(np.exp(-((x - c) ** 2 + (y - 0.3) ** 2) / 0.06) for c in (-0.5, 0.5))
     albedo *= 1 + cheeks[..., None] * np.float32([0.12, -0.06, -0.04])
     for _ in range(int(rng.poisson(5))):
-        spot = np.exp(-((x - rng.uniform(-0.8, 0.8)) ** 2 + (y - rng.uniform(-0.6, 1)) ** 2) / rng.uniform(2e-4, 1.2e-3))
+        spot = np.exp(
+            -((x - rng.uniform(-0.8, 0.8)) ** 2 + (y - rng.uniform(-0.6, 1)) ** 2) / rng.uniform(2e-4, 1.2e-3)
+        )
         albedo *= 1 - 0.5 * spot[..., None]
     if subject.beard:
         region = _fill(_smooth(np.concatenate([points[2:15], points[[54, 53, 52, 51, 50, 49, 48]] - (0, 0.08)])), 4)
         _paint(albedo, region * subject.beard * np.clip(0.8 + 0.4 * _noise(rng, 0.9, 2), 0, 1.2), subject.hair)
     for brow in (points[17:22], points[22:27]):
         thick = s["brow_thick"] * np.array([0.5, 1, 1, 0.9, 0.7])[:, None] * (0, 1)
-        _paint(albedo, 0.85 * _fill(np.concatenate([brow - thick, (brow + thick)[::-1]]), 1.0) * np.clip(0.9 + 0.2 * _noise(rng, 0.8), 0, 1), subject.hair)
-    nostril = sum(np.exp(-(((x - c) / 0.055) ** 2 + ((y - points[33, 1] + 0.01) / 0.03) ** 2)) for c in (-0.45 * s["nose_width"], 0.45 * s["nose_width"]))
+        _paint(
+            albedo,
+            0.85
+            * _fill(np.concatenate([brow - thick, (brow + thick)[::-1]]), 1.0)
+            * np.clip(0.9 + 0.2 * _noise(rng, 0.8), 0, 1),
+            subject.hair,
+        )
+    nostril = sum(
+        np.exp(-(((x - c) / 0.055) ** 2 + ((y - points[33, 1] + 0.01) / 0.03) ** 2))
+        for c in (-0.45 * s["nose_width"], 0.45 * s["nose_width"])
+    )
     albedo *= 1 - 0.65 * nostril[..., None]
     hairline = s["hairline"] + 0.95 * np.clip(np.abs(x) - 0.35, 0, None) ** 1.5 * 1.4 + 0.02 * _noise(rng, 3)
     cover = 1 / (1 + np.exp(np.clip((y - hairline) / 0.02, -30, 30)))
@@ -216,11 +268,24 @@ def base_texture(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
     strands = np.clip(1 + 0.35 * _noise(rng, 1.0, 8) + 0.15 * _noise(rng, 5, 4), 0.2, 2.2)
     _paint(albedo, np.maximum(cover, sides).astype(np.float32), (strands[..., None] * subject.hair).astype(np.float32))
     tip = s["nose_length"] - 0.16
-    relief = 0.10 * np.exp(-((x / 0.13) ** 2)) * np.clip((y + 0.3) / (tip + 0.3), 0, 1) ** 1.3 * (1 / (1 + np.exp(np.clip((y - tip - 0.06) / 0.025, -30, 30))))
-    relief = relief - sum(0.05 * np.exp(-(((x - c) / 0.2) ** 2 + ((y + 0.16) / 0.13) ** 2)) for c in (-s["eye_gap"], s["eye_gap"]))
-    relief = relief + 0.05 * np.exp(-((x / 0.35) ** 2 + ((y - 0.75) / 0.16) ** 2)) + 0.04 * np.exp(-((x / 0.2) ** 2 + ((y - 1.0) / 0.12) ** 2))
+    relief = (
+        0.10
+        * np.exp(-((x / 0.13) ** 2))
+        * np.clip((y + 0.3) / (tip + 0.3), 0, 1) ** 1.3
+        * (1 / (1 + np.exp(np.clip((y - tip - 0.06) / 0.025, -30, 30))))
+    )
+    relief = relief - sum(
+        0.05 * np.exp(-(((x - c) / 0.2) ** 2 + ((y + 0.16) / 0.13) ** 2)) for c in (-s["eye_gap"], s["eye_gap"])
+    )
+    relief = (
+        relief
+        + 0.05 * np.exp(-((x / 0.35) ** 2 + ((y - 0.75) / 0.16) ** 2))
+        + 0.04 * np.exp(-((x / 0.2) ** 2 + ((y - 1.0) / 0.12) ** 2))
+    )
     step = 2 * EXTENT / TEXTURE
-    slopes = np.stack([cv2.Sobel(relief.astype(np.float32), cv2.CV_32F, *d, ksize=3) / (8 * step) for d in ((1, 0), (0, 1))], 2)
+    slopes = np.stack(
+        [cv2.Sobel(relief.astype(np.float32), cv2.CV_32F, *d, ksize=3) / (8 * step) for d in ((1, 0), (0, 1))], 2
+    )
     return albedo, slopes
 
 
@@ -245,13 +310,18 @@ def frame_texture(subject: Subject, base: np.ndarray, pose: Pose, points: np.nda
     _paint(albedo, inner * _fill(teeth) * min(1.0, 2.5 * pose.mouth), np.array([0.62, 0.6, 0.53]))
     if subject.glasses:
         circle = np.stack([np.cos(a := np.linspace(0, 2 * np.pi, 40, endpoint=False)), 0.75 * np.sin(a)], 1)
-        rims = sum(_fill((side * 0.41, -0.13) + 0.29 * circle) - _fill((side * 0.41, -0.13) + 0.26 * circle) for side in (-1, 1))
+        rims = sum(
+            _fill((side * 0.41, -0.13) + 0.29 * circle) - _fill((side * 0.41, -0.13) + 0.26 * circle)
+            for side in (-1, 1)
+        )
         bridge = _fill(np.array([(-0.13, -0.17), (0.13, -0.17), (0.13, -0.14), (-0.13, -0.14)]))
         _paint(albedo, np.clip(rims + bridge, 0, 1), np.full(3, 0.015))
     return albedo
 
 
-def render_head(subject: Subject, textures: tuple[np.ndarray, np.ndarray], pose: Pose, light: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def render_head(
+    subject: Subject, textures: tuple[np.ndarray, np.ndarray], pose: Pose, light: np.ndarray, size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Draw the head alone.
 
     light: unit vector float[3] from the head to the light, view space. Returns radiance float32[H,W,3], coverage

@@ -74,12 +74,16 @@ def world_cameras(world: str, spec: dict, seed: int) -> list[cameras.Camera]:
 def _recode(frames: np.ndarray, fps: float, model: cameras.CameraModel) -> np.ndarray:
     """The frames after the camera's own encoder and a decoder."""
     with tempfile.TemporaryDirectory() as folder:
-        path = video.encode(Path(folder) / "camera.mp4", frames, fps, model.crf, model.gop, model.bframes, preset="veryfast")
+        path = video.encode(
+            Path(folder) / "camera.mp4", frames, fps, model.crf, model.gop, model.bframes, preset="veryfast"
+        )
         with av.open(str(path)) as container:
             return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
-def _film(pair: Pair, member: int, clip: int, spec: dict, seed: int, devices: list[cameras.Camera]) -> tuple[subjects.Subject, Clip]:
+def _film(
+    pair: Pair, member: int, clip: int, spec: dict, seed: int, devices: list[cameras.Camera]
+) -> tuple[subjects.Subject, Clip]:
     name = f"s{2 * pair.index + member:03d}"
     subject = subjects.sample_subject(_stream(seed, pair.world, name))
     rng = _stream(seed, pair.world, name, clip)
@@ -94,7 +98,15 @@ def _imagine(subject: subjects.Subject, textures, clip: Clip, light: np.ndarray,
     """The picture of a person who was never filmed, in the pose of frame i; float32[side,side,3] RGB 0..255."""
     size = clip.frames.shape[1]
     pose = clip.take.poses[i]
-    pose = subjects.Pose(pose.yaw, pose.pitch, pose.roll, *(v * side / size for v in (pose.x, pose.y, pose.scale)), pose.mouth, pose.smile, pose.eyes)
+    pose = subjects.Pose(
+        pose.yaw,
+        pose.pitch,
+        pose.roll,
+        *(v * side / size for v in (pose.x, pose.y, pose.scale)),
+        pose.mouth,
+        pose.smile,
+        pose.eyes,
+    )
     head, cover, _ = subjects.render_head(subject, textures, pose, light, side)
     canvas = 0.4 * subject.skin + cover[..., None] * (head - 0.4 * subject.skin)
     return (255 * np.clip(canvas, 0, 1) ** (1 / 2.2)).astype(np.float32)
@@ -123,7 +135,16 @@ def _save_arrays(path: Path, **arrays: np.ndarray) -> None:
     write_atomic(path, buffer.getvalue())
 
 
-def _write(out: Path, pair: Pair, clip: Clip, key: str, forgery: forgeries.Forgery | None, image: int | None, spec: dict, seed: int) -> dict:
+def _write(
+    out: Path,
+    pair: Pair,
+    clip: Clip,
+    key: str,
+    forgery: forgeries.Forgery | None,
+    image: int | None,
+    spec: dict,
+    seed: int,
+) -> dict:
     """Encode one medium with its landmarks and mask; returns its manifest row without item and group ids."""
     # The name is a hash, so neither it nor the order of the manifest tells the label.
     name = hashlib.sha256(f"{seed}/{pair.world}/{clip.subject}/{key}".encode()).hexdigest()[:12]
@@ -134,7 +155,15 @@ def _write(out: Path, pair: Pair, clip: Clip, key: str, forgery: forgeries.Forge
         codec = _stream(seed, pair.world, clip.subject, "distribution")
         crf = spec["crf"] if pair.world == "world-a" else spec["crf_b"]
         gop, bframes = int(codec.choice([12, 24])), int(codec.integers(1, 4))
-        video.encode(out / path, frames, spec["fps"], crf, gop, bframes, preset="veryfast" if pair.world == "world-a" else "medium")
+        video.encode(
+            out / path,
+            frames,
+            spec["fps"],
+            crf,
+            gop,
+            bframes,
+            preset="veryfast" if pair.world == "world-a" else "medium",
+        )
     else:
         write_atomic(out / path, cv2.imencode(".png", cv2.cvtColor(frames[image], cv2.COLOR_RGB2BGR))[1].tobytes())
     annotations = f"{pair.world}/annotations/{name}.npz"
@@ -160,8 +189,12 @@ def _make_pair(out: Path, pair: Pair, spec: dict, seed: int) -> None:
         target, donor = takes[0], filmed[1 - member][0]
         middle = spec["frames"] // 2
         for i, clip in enumerate(takes):
-            rows.append(_write(out, pair, clip, f"real{i}", None, None, spec, seed) | {"method": "real", "source_id": ""})
-        rows.append(_write(out, pair, target, "real-image", None, middle, spec, seed) | {"method": "real", "source_id": ""})
+            rows.append(
+                _write(out, pair, clip, f"real{i}", None, None, spec, seed) | {"method": "real", "source_id": ""}
+            )
+        rows.append(
+            _write(out, pair, target, "real-image", None, middle, spec, seed) | {"method": "real", "source_id": ""}
+        )
         for method in METHODS:
             forgery = _forge(method, target, donor, pair.world, spec, seed)
             from_donor = {"method": method, "source_id": donor.subject if method in ("swap", "reenact") else ""}
@@ -196,7 +229,9 @@ def generate(out: str | os.PathLike, spec: dict, seed: int = 0, workers: int = 1
         (out / folder).mkdir(parents=True, exist_ok=True)
     write_atomic(stamp, settings)
     pairs = plan(spec)
-    tasks = Parallel(n_jobs=workers, return_as="generator")(delayed(_make_pair)(out, pair, spec, seed) for pair in pairs)
+    tasks = Parallel(n_jobs=workers, return_as="generator")(
+        delayed(_make_pair)(out, pair, spec, seed) for pair in pairs
+    )
     for _ in track(tasks, len(pairs), "world, pairs of people"):
         pass
     rows = [row for pair in pairs for row in json.loads((out / ".parts" / f"{pair.index:05d}.json").read_text())]

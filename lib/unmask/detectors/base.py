@@ -22,7 +22,7 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What a detector wants to see: crops of `size` pixels, RGB scaled to 0..1 then (x - mean) / std, `frames` a clip."""
+    """What a detector wants to see: RGB crops of `size` pixels, 0..1, then (x - mean) / std; `frames` a clip."""
 
     size: int
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -38,7 +38,7 @@ class Detector(nn.Module):
     config: dict
 
     def forward(self, clips: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits float[B] of "fake" for clips float[B,T,3,H,W], normalised as `input_spec` says; mask bool[B,T], True = use."""
+        """Logits float[B] of "fake" for normalised clips float[B,T,3,H,W]; mask bool[B,T], True = use the frame."""
         raise NotImplementedError
 
     def features(self, clips: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -114,9 +114,13 @@ def load_checkpoint(folder: str | Path) -> tuple[Detector, dict]:
         card = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         weights = (folder / WEIGHTS).read_bytes()
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} is not a checkpoint: it needs {WEIGHTS} and {CONFIG}, as `unmask train` leaves them.") from error
+        raise CheckpointError(
+            f"{folder} is not a checkpoint: it needs {WEIGHTS} and {CONFIG}, as `unmask train` leaves them."
+        ) from error
     if not isinstance(card, dict) or hashlib.sha256(weights).hexdigest() != card.get("sha256"):
-        raise CheckpointError(f"The weights in {folder} are not those its {CONFIG} describes; copy the whole folder again or train anew.")
+        raise CheckpointError(
+            f"The weights in {folder} are not those its {CONFIG} describes; copy the whole folder again or train anew."
+        )
     try:
         detector = build(card["detector"], **card["config"])
         detector.load_state_dict(load(weights))

@@ -1,4 +1,4 @@
-"""ConvNeXt (Liu et al., CVPR 2022) on single frames, with an optional frequency branch; clips are averaged over frames."""
+"""ConvNeXt (Liu et al., CVPR 2022) frame by frame, with an optional frequency branch; clips are averaged."""
 
 import timm
 import torch
@@ -62,10 +62,18 @@ class ConvNeXt(Detector):
             raise ValueError(f"ConvNeXt needs a crop size that is a multiple of 32, not {size}.")
         layer_scale = pretrained if layer_scale is None else layer_scale
         # A checkpoint brings its own weights, so it is rebuilt without asking for pretrained ones.
-        self.config = {"backbone": backbone, "frequency": frequency, "size": size, "drop_path": drop_path, "layer_scale": layer_scale}
+        self.config = {
+            "backbone": backbone,
+            "frequency": frequency,
+            "size": size,
+            "drop_path": drop_path,
+            "layer_scale": layer_scale,
+        }
         self.input_spec = InputSpec(size)
         options = {} if layer_scale else {"ls_init_value": None}
-        self.backbone = timm.create_model(backbone, pretrained=pretrained, num_classes=0, drop_path_rate=drop_path, **options)
+        self.backbone = timm.create_model(
+            backbone, pretrained=pretrained, num_classes=0, drop_path_rate=drop_path, **options
+        )
         widths = [stage["num_chs"] for stage in self.backbone.feature_info]
         self.frequency = SRMBranch(widths[0]) if frequency == "srm" else None
         self.head = nn.Linear(self.backbone.num_features, 1)

@@ -1,0 +1,186 @@
+"""The command line: `unmask doctor | world | index | preprocess | train | score | evaluate`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from unmask.profile import Profile, ProfileError, load_profile, parse_changes
+
+
+def _profile(options: argparse.Namespace) -> Profile:
+    return load_profile(options.profile, parse_changes(options.set))
+
+
+def doctor(options: argparse.Namespace) -> int:
+    from unmask.doctor import main
+
+    return main(options.profile)
+
+
+def world(options: argparse.Namespace) -> int:
+    from unmask.data.layouts import write_layout
+    from unmask.data.manifest import summary
+    from unmask.data.world import generate
+
+    profile = _profile(options)
+    df = generate(options.out, dict(profile.world), options.seed, options.workers or profile.workers)
+    print(summary(df).to_string())
+    if options.layout:
+        folder = Path(options.out) / options.layout
+        for note in write_layout(Path(options.out) / "manifest.parquet", folder, options.layout):
+            print(note)
+        print(f"Also written in the {options.layout} layout: {folder}")
+    return 0
+
+
+def index(options: argparse.Namespace) -> int:
+    from unmask.data.datasets import index
+    from unmask.data.manifest import leakage, summary, write_manifest
+
+    df, notes = index(options.root, options.layout, options.seed)
+    write_manifest(df, options.out)
+    print(summary(df).to_string(), *notes, sep="\n")
+    overlap = leakage(df)
+    print(f"{len(overlap)} groups in more than one split; manifest: {options.out}")
+    return 0
+
+
+def preprocess(options: argparse.Namespace) -> int:
+    from unmask.preprocessing import failures, preprocess
+
+    profile = _profile(options)
+    settings = dict(profile.preprocess) | ({"locator": options.locator} if options.locator else {})
+    items = preprocess(
+        options.manifest, options.out, shard=options.shard, workers=options.workers or profile.workers, **settings
+    )
+    failed = int((items["status"] == "failed").sum())
+    print(f"{len(items)} items, {failed} failed, {int(items['faces'].sum())} crops in {options.out}")
+    if failed:
+        print(failures(items).to_string(index=False))
+    return 0
+
+
+def train(options: argparse.Namespace) -> int:
+    from unmask.training import train_detector
+
+    out = train_detector(
+        options.detector, _profile(options), options.manifest, options.crops, options.out, options.seed
+    )
+    print(f"Checkpoint: {out}")
+    return 0
+
+
+def score(options: argparse.Namespace) -> int:
+    from unmask.scoring import score_media
+
+    table = score_media(options.media, options.checkpoint, options.out, options.locator, options.workers or 1)
+    print(table.to_string(index=False))
+    print(f"{int((table['status'] == 'ok').sum())} of {len(table)} scored: {options.out}")
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    from unmask.evaluation import evaluate_files
+
+    profile = _profile(options)
+    table = evaluate_files(options.scores, options.manifest, options.out, **profile.evaluate)
+    print(table.round(4).to_string(index=False))
+    return 0
+
+
+def _shard(text: str) -> tuple[int, int]:
+    number, _, of = text.partition("/")
+    if not (number.isdigit() and of.isdigit() and int(number) < int(of)):
+        raise argparse.ArgumentTypeError("a shard is I/N with I from 0 to N-1, such as 0/4")
+    return int(number), int(of)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    parser = argparse.ArgumentParser(prog="unmask", description="A reproducible study kit for deepfake detection.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(function, help_text: str, settings: bool = True) -> argparse.ArgumentParser:
+        sub = commands.add_parser(function.__name__, help=help_text, description=help_text, allow_abbrev=False)
+        sub.set_defaults(run=function)
+        if settings:
+            sub.add_argument("--profile", default="demo", help="profile that gives the settings (default demo)")
+            sub.add_argument(
+                "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the profile"
+            )
+        return sub
+
+    sub = command(doctor, "Say what is installed and what is missing, with the command that mends it.", settings=False)
+    sub.add_argument("--profile", default="demo")
+    sub = command(world, "Generate the synthetic world.")
+    sub.add_argument("out", metavar="OUT")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--workers", type=int)
+    sub.add_argument(
+        "--layout",
+        choices=["ffpp", "celebdf2", "dfdc", "df40"],
+        help="also write it under a data set's official names, in OUT/LAYOUT",
+    )
+    sub = command(index, "Make a manifest of a data set.", settings=False)
+    sub.add_argument("root", metavar="ROOT")
+    sub.add_argument(
+        "--layout",
+        required=True,
+        help="folder, ffpp, dfd, celebdf1, celebdf2, uadfv, dfdc, dfdc-preview, deeperforensics, ffiw, df40, world",
+    )
+    sub.add_argument("--out", required=True, metavar="MANIFEST")
+    sub.add_argument("--seed", type=int, default=0, help="of the split, where the data set has none")
+    sub = command(preprocess, "Decode, find faces, cut crops; one row per item, failures too.")
+    sub.add_argument("manifest", metavar="MANIFEST")
+    sub.add_argument("out", metavar="OUT")
+    sub.add_argument("--locator", choices=["annotations", "yunet", "uniface", "haar"])
+    sub.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="do every N-th item from the I-th on")
+    sub.add_argument("--workers", type=int)
+    sub = command(train, "Train a detector on real faces and their self-blends.")
+    sub.add_argument("detector", choices=["convnext"])
+    sub.add_argument("--manifest", required=True)
+    sub.add_argument("--crops", required=True, help="the folder that `unmask preprocess` filled")
+    sub.add_argument("--out", required=True, metavar="CKPT_DIR")
+    sub.add_argument("--seed", type=int, default=0)
+    sub = command(score, "Score videos, images or folders with a checkpoint.", settings=False)
+    sub.add_argument("media", nargs="+", metavar="MEDIA")
+    sub.add_argument("--checkpoint", required=True, metavar="CKPT_DIR")
+    sub.add_argument("--out", required=True, metavar="SCORES.csv")
+    sub.add_argument(
+        "--locator", choices=["yunet", "uniface", "haar"], help="default: yunet if its weights are here, else haar"
+    )
+    sub.add_argument("--workers", type=int)
+    sub = command(evaluate, "Make the result table from scores and a manifest.")
+    sub.add_argument("scores", metavar="SCORES.parquet")
+    sub.add_argument("manifest", metavar="MANIFEST")
+    sub.add_argument("--out", required=True, metavar="TABLE.csv")
+    return parser
+
+
+def _expected_errors() -> tuple[type[Exception], ...]:
+    """What a user can mend; shown as one line instead of a traceback."""
+    errors: list[type[Exception]] = [ProfileError, OSError]
+    for module, name in {
+        "unmask.data.manifest": "ManifestError", "unmask.data.faces": "LocatorError", "unmask.data.crops": "CropError",
+        "unmask.training": "TrainingError", "unmask.detectors.base": "CheckpointError", "unmask.evaluation": "ScoreError",
+    }.items():  # fmt: skip
+        if module in sys.modules:  # an error can only come from a module that was imported
+            errors.append(getattr(sys.modules[module], name))
+    return tuple(errors)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `unmask`. Exit code 0 done, 1 something is missing, 2 wrong input with one line that says what."""
+    options = build_parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except Exception as error:
+        if isinstance(error, _expected_errors()):
+            print(f"unmask: {error}", file=sys.stderr)
+            return 2
+        raise
+
+
+if __name__ == "__main__":
+    sys.exit(main())
