@@ -61,6 +61,7 @@ def test_same_numbers_give_the_same_bytes(tmp_path):
         save_table(study, "t", TABLE, "T")
         contents.append({p.name: p.read_bytes() for p in study.figures.rglob("*") if p.is_file()})
     assert contents[0] == contents[1] and len(contents[0]) == 7
+    assert b"CreationDate" not in contents[0]["f.pdf"], "a time would make every run differ"
 
 
 def test_table_in_every_form(study):

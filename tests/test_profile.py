@@ -38,11 +38,27 @@ def test_every_profile_has_every_key(name):
     assert list(keys(load_profile(name).as_dict())) == list(keys(load_profile("demo").as_dict()))
 
 
-def test_attribute_access_and_changes():
-    profile = load_profile("demo", {"train.epochs": 2, "seeds": 3, "train.lr": 1})
-    assert profile.train.epochs == 2 and profile["train"]["epochs"] == 2 and profile.seeds == 3
-    assert isinstance(profile.train.lr, float)
-    assert load_profile("demo").train.epochs != 2, "changes must not leak into the next profile"
+SCHEMA = """
+seed: 0
+workers: 2
+train: {epochs: 10, lr: 1.0e-3, name: auto}
+crop: {align: false, sets: ["world=a"], inner: {size: 5}}
+"""
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A root whose demo profile is SCHEMA, so that these tests do not move with the kit's own keys."""
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles" / "demo.yaml").write_text(SCHEMA)
+    return tmp_path
+
+
+def test_attribute_access_and_changes(root):
+    profile = load_profile("demo", {"train.epochs": 2, "seed": 3, "train.lr": 1, "crop.inner.size": 6}, root)
+    assert profile.train.epochs == 2 and profile["train"]["epochs"] == 2 and profile.seed == 3
+    assert profile.crop.inner.size == 6 and isinstance(profile.train.lr, float)
+    assert load_profile("demo", root=root).train.epochs == 10, "changes must not leak into the next profile"
     with pytest.raises(AttributeError, match="train.epoch.*Did you mean epochs"):
         _ = profile.train.epoch
 
@@ -55,50 +71,48 @@ def test_attribute_access_and_changes():
         ({"train.epochs": 2.5}, "train.epochs must be a whole number"),
         ({"train.epochs": True}, "train.epochs must be a whole number"),
         ({"train.lr": "fast"}, "train.lr must be a number"),
-        ({"preprocess.align": 1}, "preprocess.align must be true or false"),
-        ({"preprocess.locator": 5}, "preprocess.locator must be text"),
-        ({"data.sets": "world=a"}, "data.sets must be a list"),
-        ({"data.sets": [1]}, "every item of data.sets must be text"),
-        ({"train": 5}, "train is a group of keys"),
+        ({"crop.align": 1}, "crop.align must be true or false"),
+        ({"train.name": 5}, "train.name must be text"),
+        ({"crop.sets": "world=a"}, "crop.sets must be a list"),
+        ({"crop.sets": [1]}, "every item of crop.sets must be text"),
+        ({"train": 5}, "train is a group of keys.*train.epochs"),
         ({"train.epochs.x": 5}, "train.epochs must be a whole number"),
     ],
 )
-def test_wrong_changes_are_refused(changes, message):
+def test_wrong_changes_are_refused(root, changes, message):
     with pytest.raises(ProfileError, match=message):
-        load_profile("demo", changes)
+        load_profile("demo", changes, root)
 
 
-def test_own_profile_file_and_its_mistakes(tmp_path):
+def test_own_profile_file_and_its_mistakes(root, tmp_path):
     own = tmp_path / "mine.yaml"
     own.write_text("train: {epochs: 1, lr: 1e-4}\n")
-    profile = load_profile(own)
+    profile = load_profile(own, root=root)
     assert (profile.name, profile.run, profile.train.epochs, profile.train.lr) == ("mine", "mine", 1, 1e-4)
     own.write_text("train: {epohcs: 1}\n")
     with pytest.raises(ProfileError, match=r"train.epohcs \(in mine.yaml\)"):
-        load_profile(own)
+        load_profile(own, root=root)
     own.write_text("a: [\n")
     with pytest.raises(ProfileError, match="not valid YAML"):
-        load_profile(own)
+        load_profile(own, root=root)
     with pytest.raises(ProfileError, match="No profile named 'dmo'"):
-        load_profile("dmo")
+        load_profile("dmo", root=root)
 
 
-def test_command_line_settings_take_the_type_of_their_key():
-    changes = parse_changes(
-        ["train.epochs=2", "train.lr=1e-4", "preprocess.align=true", "convnext.pretrained=off", "data.sets=[folder=/x]"]
-    )
-    profile = load_profile("demo", changes)
-    assert profile.train.lr == 1e-4 and profile.preprocess.align is True
-    assert profile.convnext.pretrained == "off", "text stays text, though YAML reads off as false"
-    assert list(profile.data.sets) == ["folder=/x"]
+def test_command_line_settings_take_the_type_of_their_key(root):
+    settings = ["train.epochs=2", "train.lr=1e-4", "crop.align=true", "train.name=off", "crop.sets=[folder=/x]"]
+    profile = load_profile("demo", parse_changes(settings, root), root)
+    assert profile.train.lr == 1e-4 and profile.crop.align is True
+    assert profile.train.name == "off", "text stays text, though YAML reads off as false"
+    assert list(profile.crop.sets) == ["folder=/x"]
 
 
-def test_hash_follows_every_setting_but_speed():
-    demo = load_profile("demo")
-    assert load_profile("demo", {"workers": 9}).hash == demo.hash
-    changed = load_profile("demo", {"train.ema": 0.5})
+def test_hash_follows_every_setting_but_speed(root):
+    demo = load_profile("demo", root=root)
+    assert load_profile("demo", {"workers": 9}, root).hash == demo.hash
+    changed = load_profile("demo", {"train.epochs": 3}, root)
     assert changed.hash != demo.hash
-    assert changed.subset_hash(["world", "seed"]) == demo.subset_hash(["world", "seed"])
+    assert changed.subset_hash(["crop", "seed"]) == demo.subset_hash(["crop", "seed"])
     assert changed.subset_hash(["train"]) != demo.subset_hash(["train"])
 
 
@@ -115,10 +129,20 @@ def test_study_folders(tmp_path):
     assert study.provenance["profile"] == "demo" and study.provenance["commit"] == "unknown"
 
 
+def test_commit_is_the_clones_own(tmp_path):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    assert open_study(resolved(tmp_path / "unpacked")).provenance["commit"] == "unknown"
+    commit = open_study(resolved(tmp_path, run="other")).provenance["commit"]
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    assert commit == head
+
+
 def test_playing_writes_to_scratch_and_reads_from_the_run(tmp_path):
     path = resolved(tmp_path)
     (path.parent / "manifest.parquet").touch()
-    study = open_study(path, {"train.epochs": 1})
+    study = open_study(path, {"seed": 1})
     assert study.input("manifest.parquet") == path.parent / "manifest.parquet"
     assert study.figures.is_relative_to(path.parent / "scratch") and study.tables.is_relative_to(study.figures)
     assert study.results("05_convnext", {}) == path.parent / "scratch" / "results" / "05_convnext.json"
