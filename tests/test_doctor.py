@@ -29,11 +29,15 @@ def by_name(study):
 
 
 def test_this_machine_can_run_the_demo(models, tmp_path):
-    found = by_name(open_study(kit(tmp_path / "root")))
+    path = kit(tmp_path / "root", **{"data.sets": ["world=w"]})
+    found = by_name(open_study(path))
     assert {"Python", "GPU", "precision", "H.264", "decord", "YuNet weights", "disk space", "cores"} <= set(found)
     assert found["H.264"].status == "ok", found["H.264"].line()
     assert found["YuNet weights"].status == "optional" and str(models) in found["YuNet weights"].detail
-    assert found["data set world-a"].status == "ok"
+    assert found["data set w"].status == "ok" and "not made yet" in found["data set w"].detail
+    (path.parent / "w").mkdir()
+    (path.parent / "w" / "a.mp4").touch()
+    assert "1 media" in by_name(open_study(path))["data set w"].detail
 
 
 def test_every_dependency_has_a_line(models, tmp_path):
