@@ -163,7 +163,8 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     errors: list[type[Exception]] = [ProfileError, OSError]
     for module, name in {
         "unmask.data.manifest": "ManifestError", "unmask.data.faces": "LocatorError", "unmask.data.crops": "CropError",
-        "unmask.training": "TrainingError", "unmask.detectors.base": "CheckpointError", "unmask.evaluation": "ScoreError",
+        "unmask.training": "TrainingError", "unmask.detectors.base": "CheckpointError",
+        "unmask.evaluation": "ScoreError",
     }.items():  # fmt: skip
         if module in sys.modules:  # an error can only come from a module that was imported
             errors.append(getattr(sys.modules[module], name))

@@ -246,3 +246,20 @@ def evaluate_files(
     table = evaluate(read_scores(scores), read_manifest(Path(manifest)), **options)
     write_atomic(out, table.to_csv(index=False, float_format="%.4f"))
     return table
+
+
+def plot_roc(ax, clips: pd.DataFrame) -> dict[str, float]:
+    """Draw a ROC curve per data set and method (joined clip rows, mean score over seeds); returns the areas by name."""
+    keys = ["item_id", "dataset", "label", "method", "group_id"]
+    mean = clips.groupby(keys, as_index=False)["score"].mean()
+    areas = {}
+    for where, part in slices(mean).items():
+        if where.reals == "all" and part["label"].nunique() == 2:
+            name = f"{where.dataset}, {where.method}"
+            fpr, tpr, _ = roc_curve(part["label"], part["score"])
+            areas[name] = float(np.trapezoid(tpr, fpr))
+            ax.plot(fpr, tpr, label=f"{name} ({areas[name]:.2f})", linewidth=2.5 if where.method == "all" else 1.2)
+    ax.plot([0, 1], [0, 1], color="0.6", linestyle="--")
+    ax.set(xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
+    ax.legend(fontsize=7, loc="lower right")
+    return areas

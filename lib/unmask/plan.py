@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unmask.profile import Profile, digest
+from unmask.profile import Profile, digest, figures_folder
 
 
 class WorkflowError(RuntimeError):
@@ -86,7 +86,7 @@ def make_plan(profile: Profile, chapters: Sequence[Chapter], root: Path) -> dict
     needs, so it changes exactly when the chapter has to run again.
     """
     work = Path("data/work") / profile.run
-    figures = Path("figures") if profile.run == "demo" else Path("figures") / profile.run
+    figures = figures_folder(profile.run)
     steps: dict[str, dict[str, Any]] = {}
     for chapter in chapters:
         notebook = root / "notebooks" / f"{chapter.stem}.ipynb"

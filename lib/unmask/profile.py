@@ -231,6 +231,11 @@ def _kind(expected: type) -> str:
     return names[expected]
 
 
+def figures_folder(run: str) -> Path:
+    """Where a run's figures go, relative to the root: the demo's at the top, every other run's in its own folder."""
+    return Path("figures") if run == "demo" else Path("figures") / run
+
+
 class Study:
     """One run of the kit: its profile, its folders and where its numbers come from (see `open_study`)."""
 
@@ -246,7 +251,7 @@ class Study:
         if playing:
             self.figures = self.work / "scratch" / "figures"
         else:
-            self.figures = root / "figures" if profile.run == "demo" else root / "figures" / profile.run
+            self.figures = root / figures_folder(profile.run)
         self.tables = self.figures / "tables"
         self.provenance = {
             "profile": profile.name,

@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pandas as pd
 
 from unmask.data.datasets import index
 from unmask.data.manifest import ManifestError, media_path, read_manifest
 from unmask.data.tree import DatasetError
+from unmask.data.video import MediaError, read_frames
 from unmask.data.world import generate
 from unmask.profile import Profile
 
@@ -55,3 +58,29 @@ def _one(layout: str, place: str, profile: Profile, work: Path, root: Path) -> t
         gone = sum(not media_path(row, path).exists() for row in df.to_dict("records"))
         return df.assign(root=roots), [f"{gone} of {len(df)} listed files are missing."] if gone else []
     return index(path, layout, profile.seed)
+
+
+def media_sheet(manifest: pd.DataFrame, manifest_path: Path, columns: int = 6, cell: int = 160) -> np.ndarray:
+    """A picture uint8[4*cell,columns*cell,3]: the middle frame of some reals (two rows) and some fakes (two rows).
+
+    Media that cannot be decoded are passed over here; preprocessing reports them.
+    """
+    sheet = np.full((4 * cell, columns * cell, 3), 255, np.uint8)
+    for label in (0, 1):
+        part = manifest[manifest["label"] == label].sort_values("item_id")
+        place = 0
+        for row in part.to_dict("records"):
+            if place == 2 * columns:
+                break
+            try:
+                frames = read_frames(media_path(row, manifest_path), 3, max_side=2 * cell).frames
+            except MediaError:
+                continue
+            frame = frames[len(frames) // 2]
+            side = min(frame.shape[:2])
+            y, x = (n // 2 - side // 2 for n in frame.shape[:2])
+            top, left = cell * (2 * label + place // columns), cell * (place % columns)
+            square = cv2.resize(frame[y : y + side, x : x + side], (cell, cell), interpolation=cv2.INTER_AREA)
+            sheet[top : top + cell, left : left + cell] = square
+            place += 1
+    return sheet

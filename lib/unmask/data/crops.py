@@ -68,7 +68,7 @@ class CropError(RuntimeError):
 def encode_crop(image: np.ndarray, encoding: str) -> bytes:
     """Encode uint8[S,S,3] RGB as `png` (lossless) or `jpg` (quality 95, 4:4:4)."""
     options = {
-        "png": [cv2.IMWRITE_PNG_COMPRESSION, 3],
+        "png": [cv2.IMWRITE_PNG_COMPRESSION, 1],
         "jpg": [cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444],
     }
     if encoding not in options:
