@@ -109,10 +109,10 @@ class SelfBlendPairs(Dataset):
 
 
 def batch_plan(rows: pd.DataFrame, options: Options, epoch: int) -> list[list[tuple[int, int]]]:
-    """The batches of an epoch, as lists of (epoch, crop): `frames_per_clip` crops of every item, shuffled."""
+    """The batches of an epoch, as lists of (epoch, crop): up to `frames_per_clip` crops of every item, shuffled."""
     rng = np.random.default_rng([options.seed, 0x5B1, epoch])
     groups = rows.groupby("item_id", sort=True).indices.values()
-    drawn = [rng.choice(g, options.frames_per_clip, replace=len(g) < options.frames_per_clip) for g in groups]
+    drawn = [rng.choice(g, min(options.frames_per_clip, len(g)), replace=False) for g in groups]
     order = [(epoch, int(i)) for i in rng.permutation(np.concatenate(drawn))]
     return [order[i : i + options.batch] for i in range(0, len(order), options.batch)]
 
@@ -294,7 +294,7 @@ def _epoch(accelerator, parts: dict, batches, plan, data: SelfBlendPairs, option
             raise TrainingError("The loss is no longer a number; lower train.lr.")
         optimizer.zero_grad(set_to_none=True)
         accelerator.backward(loss)
-        accelerator.clip_grad_norm_(detector.parameters(), 1.0)
+        accelerator.clip_grad_norm_(detector.parameters(), 5.0)
         optimizer.step()
         parts["scheduler"].step()
         if "average" in parts:

@@ -107,7 +107,7 @@ def swap(frames, landmarks, source, source_landmarks, rng, difficulty=0.5, blend
 
 
 def _displacement(points: np.ndarray, goal: np.ndarray, size: int, radius: float, grid: int = 40) -> np.ndarray:
-    """Smooth backward flow float32[size,size,2] that carries `points` to `goal`: Gaussian-weighted means on a coarse grid."""
+    """Smooth backward flow float32[size,size,2] that carries `points` to `goal`: Gaussian means on a coarse grid."""
     axis = (np.arange(grid) + 0.5) * size / grid - 0.5
     nodes = np.stack(np.meshgrid(axis, axis), 2).reshape(-1, 1, 2)
     weight = np.exp(-((nodes - goal[None]) ** 2).sum(2) / (2 * radius**2))
@@ -145,7 +145,7 @@ def reenact(frames, landmarks, driver_landmarks, rng, difficulty=0.5) -> Forgery
 
 
 def texture(frames, landmarks, rng, difficulty=0.5) -> Forgery:
-    """Neural texture: the lower face is redrawn by a low-rank linear autoencoder (PCA) of the clip's own aligned faces."""
+    """Neural texture: the lower face is redrawn by a low-rank linear autoencoder (PCA) of the clip's aligned faces."""
     size = frames.shape[1]
     rank = max(1, round(_mix(2, 6, difficulty)))
     template = landmarks.mean(0)

@@ -58,7 +58,8 @@ def sample_subject(rng: np.random.Generator) -> Subject:
     shape = {
         "jaw": u(0.75, 1.15), "chin": u(1.1, 1.22), "eye_gap": u(0.37, 0.43), "eye_width": u(0.15, 0.19),
         "eye_height": u(0.06, 0.09), "eye_slant": u(-0.03, 0.03), "brow_height": u(0.17, 0.26),
-        "brow_thick": u(0.03, 0.06), "brow_arch": u(0.02, 0.09), "nose_width": u(0.16, 0.25), "nose_length": u(0.36, 0.46),
+        "brow_thick": u(0.03, 0.06), "brow_arch": u(0.02, 0.09), "nose_width": u(0.16, 0.25),
+        "nose_length": u(0.36, 0.46),
         "mouth_width": u(0.29, 0.4), "mouth_height": u(0.68, 0.76), "lip": u(0.05, 0.09), "hairline": u(-0.95, -0.68),
         "hair_volume": u(0.05, 0.25),
     }  # fmt: skip
@@ -77,7 +78,7 @@ def sample_subject(rng: np.random.Generator) -> Subject:
 
 
 def perform(rng: np.random.Generator, frames: int, fps: float, size: int) -> list[Pose]:
-    """Draw a performance: head sway, blinks and speech-like mouth movement over `frames` frames of a `size`-pixel image."""
+    """Draw a performance: head sway, blinks and speech-like mouth movement in a `size`-pixel image."""
     t = np.arange(frames) / fps
 
     def sway(amplitude: float, low: float = 0.15, high: float = 0.6) -> np.ndarray:
@@ -208,7 +209,7 @@ def _fill(points: np.ndarray, blur: float = 0.0) -> np.ndarray:
 
 
 def _paint(canvas: np.ndarray, coverage: np.ndarray, colour: np.ndarray) -> None:
-    """Blend a colour (or an image) into the canvas where coverage is positive, in place; touches the bounding box only."""
+    """Blend a colour (or an image) into the canvas, in place, by coverage; works in its bounding box only."""
     rows, columns = np.flatnonzero(coverage.any(1)), np.flatnonzero(coverage.any(0))
     if not len(rows):
         return
@@ -231,7 +232,7 @@ def _grid() -> tuple[np.ndarray, np.ndarray]:
 
 
 def base_texture(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
-    """All that does not move: albedo float32[TEXTURE,TEXTURE,3] and the slopes of the relief float32[TEXTURE,TEXTURE,2]."""
+    """All that does not move: albedo float32[S,S,3] and the slopes of the relief float32[S,S,2], S = TEXTURE."""
     rng = np.random.default_rng(subject.texture_seed)
     s, (x, y) = subject.shape, _grid()
     still = Pose(0, 0, 0, 0, 0, 1, 0, 0, 1)

@@ -172,7 +172,8 @@ def _write(
         _save_arrays(out / f"{pair.world}/masks/{name}.npz", mask=np.round(255 * forgery.mask[chosen]).astype(np.uint8))
     return {
         "path": path, "kind": "video" if image is None else "image", "dataset": pair.world, "split": pair.split,
-        "label": int(forgery is not None), "subject": clip.subject, "camera": clip.camera.name, "annotations": annotations,
+        "label": int(forgery is not None), "subject": clip.subject, "camera": clip.camera.name,
+        "annotations": annotations,
     }  # fmt: skip
 
 
