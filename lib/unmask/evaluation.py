@@ -14,7 +14,7 @@ import pandera.pandas as pa
 import pyarrow
 from sklearn.metrics import average_precision_score, roc_curve
 
-from unmask.data.manifest import read_manifest
+from unmask.data.manifest import media_path, read_manifest
 from unmask.profile import write_atomic
 
 SCORES = pa.DataFrameSchema(
@@ -34,20 +34,53 @@ class ScoreError(ValueError):
 
 
 def write_scores(df: pd.DataFrame, path: str | os.PathLike) -> None:
-    """Check a score table against its schema and write it as Parquet, whole or not at all."""
+    """Check a score table against its schema and write it as Parquet, whole or not at all. Raises ScoreError."""
     buffer = pyarrow.BufferOutputStream()
-    SCORES.validate(df, lazy=True).to_parquet(buffer, index=False)
+    _check(df, "The table").to_parquet(buffer, index=False)
     write_atomic(path, buffer.getvalue().to_pybytes())
 
 
 def read_scores(path: str | os.PathLike) -> pd.DataFrame:
     """Read and check a score table. Raises ScoreError."""
     try:
-        return SCORES.validate(pd.read_parquet(path), lazy=True)
-    except (OSError, pyarrow.ArrowException, pa.errors.SchemaErrors) as error:
+        table = pd.read_parquet(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ScoreError(f"{path} cannot be read as a score table, as a detector's chapter leaves them.") from error
+    return _check(table, path)
+
+
+def read_media_scores(
+    path: str | os.PathLike, manifest: pd.DataFrame, manifest_path: str | os.PathLike
+) -> pd.DataFrame:
+    """The CSV that `unmask score` writes (or any with columns path and score) as a score table of clips.
+
+    Files are found in the manifest by their absolute path, relative ones taken from the working directory; rows without
+    a score, the failures, are left out. Raises ScoreError for another CSV and for scored files outside the manifest.
+    """
+    try:
+        rows = pd.read_csv(path)[["path", "score"]].dropna(subset="score").astype({"path": str, "score": float})
+    except (OSError, ValueError, KeyError) as error:
+        raise ScoreError(f"{path} cannot be read as a CSV with columns path and score.") from error
+    known = {os.path.abspath(media_path(row, manifest_path)): row["item_id"] for row in manifest.to_dict("records")}
+    found = rows["path"].map(os.path.abspath).map(known)
+    if found.isna().any():
         raise ScoreError(
-            f"{path} is not a score table, as `unmask score` or a detector's chapter leaves them: {error}"
-        ) from error
+            f"{int(found.isna().sum())} scored files are not in the manifest (the first: "
+            f"{rows.loc[found.isna(), 'path'].iloc[0]}); give the manifest that lists them, and start in the folder "
+            "where they were scored."
+        )
+    run = {"frame": np.int32(-1), "score": rows["score"], "detector": Path(path).stem, "variant": "", "checkpoint": ""}
+    table = found.rename("item_id").to_frame().assign(**run, seed=0).astype({"frame": "int32", "seed": "int32"})
+    return _check(table, path)
+
+
+def _check(table: pd.DataFrame, name: str | os.PathLike) -> pd.DataFrame:
+    """The table if it fits the schema; otherwise ScoreError with the first fault."""
+    try:
+        return SCORES.validate(table, lazy=True)
+    except pa.errors.SchemaErrors as error:
+        column, check, case = error.failure_cases[["column", "check", "failure_case"]].iloc[0]
+        raise ScoreError(f"{name} is not a valid score table: {column} fails {check} (found {case}).") from error
 
 
 def _aucs(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -113,7 +146,9 @@ def balanced_threshold(labels, scores) -> float:
 
 
 def recalls(labels, scores, threshold: float) -> tuple[float, float]:
-    """Share of reals called real and of fakes called fake at a threshold."""
+    """Share of reals called real and of fakes called fake at a threshold; NaN if it, or the class, is missing."""
+    if np.isnan(threshold):
+        return float("nan"), float("nan")
     labels, fake = np.asarray(labels), np.asarray(scores) >= threshold
     return tuple(float(np.mean(fake[labels == c] == bool(c))) if (labels == c).any() else float("nan") for c in (0, 1))
 
@@ -160,14 +195,14 @@ def slices(df: pd.DataFrame) -> dict[Slice, pd.DataFrame]:
     return found
 
 
-def _row(part: pd.DataFrame, thresholds: dict[int, float], level: float, draws: int) -> dict:
+def _by_seed(part: pd.DataFrame) -> pd.DataFrame:
+    """A row per item and frame that every seed scored, with a column of scores per seed."""
+    keys = ["item_id", "frame", "label", "group_id"]
+    return part.pivot(index=keys, columns="seed", values="score").dropna().reset_index()
+
+
+def _row(wide: pd.DataFrame, seeds: list[int], thresholds: dict[int, float], level: float, draws: int) -> dict:
     """The figures of one slice; several seeds are averaged, and the groups are drawn for all seeds together."""
-    wide = (
-        part.pivot_table(index=["item_id", "frame", "label", "group_id"], columns="seed", values="score")
-        .dropna()
-        .reset_index()
-    )
-    seeds = sorted(thresholds)
     labels, scores, groups = wide["label"].to_numpy(), wide[seeds].to_numpy(), wide["group_id"].to_numpy()
     n_real, n_fake = int((labels == 0).sum()), int((labels == 1).sum())
     auc, low, high = auc_interval(labels, scores, groups, level, draws)
@@ -178,9 +213,10 @@ def _row(part: pd.DataFrame, thresholds: dict[int, float], level: float, draws: 
         "auc": auc, "low": low, "high": high,
         "eer": np.mean([equal_error_rate(labels, s) for s in scores.T]) if both else np.nan,
         "ap": np.mean([average_precision_score(labels, s) for s in scores.T]) if both else np.nan,
+        "threshold": np.mean([thresholds[k] for k in seeds]),
         "balanced_accuracy": recall.mean(), "recall_real": recall[:, 0].mean(), "recall_fake": recall[:, 1].mean(),
         "accuracy": (recall.mean(0) * (n_real, n_fake)).sum() / (n_real + n_fake) if both else np.nan,
-        "majority": max(n_real, n_fake) / (n_real + n_fake),
+        "majority": max(n_real, n_fake) / (n_real + n_fake) if len(wide) else np.nan,
     }  # fmt: skip
 
 
@@ -195,8 +231,9 @@ def evaluate(
     """The result table: one row per detector, variant, level, data set, method and choice of reals.
 
     Columns: auc with its interval (low, high), eer, ap, balanced_accuracy / recalls / accuracy at the validation
-    threshold, majority (accuracy of the constant answer), counts and frames per video. seeds="each" gives a row per
-    seed. Items of the manifest without a score lower `coverage`.
+    threshold (NaN where no validation item was scored), majority (accuracy of the constant answer), counts and the
+    median of scored frames per video (NaN if only clips were scored). seeds="each" gives a row per seed. Items of the
+    manifest that lack the score of a seed lower `coverage` and count nowhere else.
     """
     df, rows = join(scores, manifest), []
     keys = ["detector", "variant"] if seeds == "mean" else RUN
@@ -208,16 +245,17 @@ def evaluate(
             thresholds = {s: balanced_threshold(v["label"], v["score"]) for s, v in chosen.groupby("seed")}
             thresholds = {s: thresholds.get(s, float("nan")) for s in part["seed"].unique()}
             for where, piece in slices(part).items():
-                figures = _row(piece, thresholds, level, draws)
-                frames = 1 if name != "video" or per_video.empty else per_video.median()
+                wide = _by_seed(piece)
+                own = per_video[per_video.index.isin(piece["item_id"], level="item_id")]
+                frames = 1.0 if name == "image" else own.median()
                 rows.append(
                     {
                         **dict(zip(keys, key, strict=True)),
                         "level": name,
                         **vars(where),
-                        **figures,
-                        "frames_per_video": int(frames),
-                        "coverage": _coverage(piece, manifest, split, where),
+                        **_row(wide, sorted(piece["seed"].unique()), thresholds, level, draws),
+                        "frames_per_video": frames if np.isnan(frames) else int(frames),
+                        "coverage": wide["item_id"].nunique() / _due(manifest, name, split, where),
                     }
                 )
     if not rows:
@@ -225,25 +263,24 @@ def evaluate(
     return pd.DataFrame(rows)
 
 
-def _coverage(piece: pd.DataFrame, manifest: pd.DataFrame, split: str, where: Slice) -> float:
-    """Share of the items this slice should have that were scored."""
-    due = manifest[
-        (manifest["split"] == split)
-        & (manifest["dataset"] == where.dataset)
-        & manifest["kind"].isin(set(piece["kind"]))
-    ]
+def _due(manifest: pd.DataFrame, level: str, split: str, where: Slice) -> int:
+    """Number of items of the manifest that a slice should have."""
+    kind = "image" if level == "image" else "video"
+    due = manifest[(manifest["split"] == split) & (manifest["dataset"] == where.dataset) & (manifest["kind"] == kind)]
     if where.method != "all":
         due = due[due["method"].isin(["real", where.method])]
     if where.reals == "matched":
-        due = due[due["group_id"].isin(set(piece["group_id"]))]
-    return piece["item_id"].nunique() / max(1, len(due))
+        due = due[due.groupby("group_id")["label"].transform("nunique") == 2]
+    return len(due)
 
 
 def evaluate_files(
     scores: str | os.PathLike, manifest: str | os.PathLike, out: str | os.PathLike, **options
 ) -> pd.DataFrame:
-    """`evaluate` on files; writes the table as CSV and returns it."""
-    table = evaluate(read_scores(scores), read_manifest(Path(manifest)), **options)
+    """`evaluate` on files; writes the table as CSV and returns it. scores: Parquet, or the CSV of `unmask score`."""
+    listed = read_manifest(Path(manifest))
+    csv = Path(scores).suffix.lower() == ".csv"
+    table = evaluate(read_media_scores(scores, listed, manifest) if csv else read_scores(scores), listed, **options)
     write_atomic(out, table.to_csv(index=False, float_format="%.4f"))
     return table
 

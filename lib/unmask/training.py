@@ -5,10 +5,12 @@ from, those of the validation split, with their self-blends, to choose the check
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import math
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,14 +24,15 @@ from sklearn.metrics import roc_auc_score
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
-from unmask import sbi
+from unmask import hulls, sbi
 from unmask.data.crops import CropStore, read_index
-from unmask.data.manifest import manifest_hash, read_manifest
+from unmask.data.manifest import read_manifest
 from unmask.detectors import base
-from unmask.profile import Profile, digest, write_atomic
+from unmask.profile import Profile, digest, source_hash, write_atomic
 from unmask.progress import track
 
 STATE = "last.pt"
+DIVERGED = "The loss is no longer a number; lower train.lr."
 
 
 class TrainingError(RuntimeError):
@@ -69,6 +72,12 @@ def real_crops(index: pd.DataFrame, manifest: pd.DataFrame, split: str) -> pd.Da
             "check the manifest and the failures of the preprocessing."
         )
     return rows
+
+
+def _fingerprint(rows: pd.DataFrame) -> str:
+    """SHA-256 of the crops that are used and their landmarks; the rest of the manifest is no reason to train anew."""
+    identity = json.dumps(rows[["item_id", "frame", "sha256"]].to_numpy(dtype=object).tolist()).encode()
+    return hashlib.sha256(identity + np.concatenate(rows["landmarks"].tolist()).tobytes()).hexdigest()
 
 
 class SelfBlendPairs(Dataset):
@@ -159,6 +168,8 @@ def validate(detector, loader) -> dict[str, float]:
             for images, _ in loader
         ]
     )
+    if not torch.isfinite(logits).all():
+        raise TrainingError(DIVERGED)
     labels = torch.tensor([0.0, 1.0]).repeat(len(logits) // 2)
     return {
         "val_auc": float(roc_auc_score(labels, logits)),
@@ -201,16 +212,20 @@ def train(
     """Train detector `name` with `config`, leave the checkpoint of the best validation epoch in `out` and return `out`.
 
     Killed at any point, the same call goes on from the last whole epoch and ends with the same weights; finished and
-    unchanged, it returns at once. Raises TrainingError.
+    unchanged (options, real crops, source code), it returns at once. Raises TrainingError.
     """
     out = Path(out)
     rows, val_rows = real_crops(index, manifest, "train"), real_crops(index, manifest, "val")
-    key = digest([name, config, options.key(), manifest_hash(manifest), index["sha256"].tolist()])
+    source = source_hash(sbi, hulls, base, base.module(name), sys.modules[__name__])
+    key = digest([name, config, options.key(), _fingerprint(rows), _fingerprint(val_rows), source])
     if (out / base.CONFIG).exists() and json.loads((out / base.CONFIG).read_text()).get("training_key") == key:
         return out
     with _own_randomness(options.seed):
         accelerator = Accelerator(mixed_precision=_precision())
-        detector = base.build(name, **config)
+        try:
+            detector = base.build(name, **config)
+        except (ValueError, RuntimeError) as error:
+            raise TrainingError(f"The detector cannot be built from the profile's `{name}` keys: {error}") from error
         pairs = [
             SelfBlendPairs(store, part, detector.input_spec.size, options.seed, options.recipe, training)
             for part, training in ((rows, True), (val_rows, False))
@@ -235,17 +250,19 @@ def _fit(accelerator, detector, data, val_data, rows, out: Path, options: Option
     history, best = _resume(out / STATE, parts, key)
     ahead = plans[len(history) :]
     batches = iter(_loader(data, [batch for plan in ahead for batch in plan], options.loaders))
-    val_batches = [[(0, i)] for i in range(len(val_data))]
+    val_batches = [[(0, i) for i in range(k, min(k + 16, len(val_data)))] for k in range(0, len(val_data), 16)]
     for plan in track(ahead, label=f"training {out.name}, epochs"):
-        if options.patience and len(history) - _best_epoch(history) > options.patience:
+        if options.patience and history and len(history) - _best_epoch(history) > options.patience:
             break
+        # Seeded by epoch, not once: a resumed run then draws the same noise, on every device.
+        torch.manual_seed(int(digest([options.seed, len(history)]), 16))
         losses = _epoch(accelerator, parts, (next(batches) for _ in plan), plan, data, options)
         shown = accelerator.unwrap_model(average.module if average else detector)
         figures = validate(shown, _loader(val_data, val_batches, 0))
         history.append({"epoch": len(history), "loss": float(np.mean(losses)), **figures})
         if _best_epoch(history) == len(history) - 1:
             best = {k: v.detach().cpu().clone() for k, v in shown.state_dict().items()}
-        state = {"key": key, "history": history, "best": best, "rng": torch.get_rng_state()}
+        state = {"key": key, "history": history, "best": best}
         _save_state(out / STATE, state | {name: part.state_dict() for name, part in parts.items()})
     final = accelerator.unwrap_model(detector)
     final.load_state_dict(best)
@@ -277,7 +294,6 @@ def _resume(path: Path, parts: dict, key: str) -> tuple[list[dict], dict]:
         return [], {}
     for name, part in parts.items():
         part.load_state_dict(state[name])
-    torch.set_rng_state(state["rng"])
     return state["history"], state["best"]
 
 
@@ -291,7 +307,7 @@ def _epoch(accelerator, parts: dict, batches, plan, data: SelfBlendPairs, option
             model = accelerator.unwrap_model(detector)
             loss = _loss(model, images.to(accelerator.device), edges.to(accelerator.device), options, flipped)
         if not torch.isfinite(loss):
-            raise TrainingError("The loss is no longer a number; lower train.lr.")
+            raise TrainingError(DIVERGED)
         optimizer.zero_grad(set_to_none=True)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(detector.parameters(), 5.0)

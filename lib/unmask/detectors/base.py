@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from safetensors import SafetensorError
@@ -60,11 +62,12 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor
     """Mean over the frames that count: values float[B,T,...], mask bool[B,T] or None, to float[B,...]."""
     if mask is None:
         return values.mean(1)
-    weight = mask.to(values.dtype).reshape(*mask.shape, *[1] * (values.ndim - 2))
-    return (values * weight).sum(1) / weight.sum(1).clamp(min=1)
+    keep = mask.reshape(*mask.shape, *[1] * (values.ndim - 2))
+    # Filled, not multiplied by 0: padding may hold values that are not finite.
+    return values.masked_fill(~keep, 0).sum(1) / keep.sum(1).clamp(min=1)
 
 
-_REGISTRY: dict[str, Callable[..., Detector]] = {}
+_REGISTRY: dict[str, type[Detector]] = {}
 
 
 def register(name: str) -> Callable[[type[Detector]], type[Detector]]:
@@ -83,11 +86,20 @@ def names() -> list[str]:
     return sorted(_REGISTRY)
 
 
-def build(name: str, **config) -> Detector:
-    """A new detector by registered name; `config` are its constructor's arguments. ValueError for an unknown name."""
+def _registered(name: str) -> type[Detector]:
     if name not in _REGISTRY:
         raise ValueError(f"There is no detector '{name}'; known are {', '.join(names())}.")
-    return _REGISTRY[name](**config)
+    return _REGISTRY[name]
+
+
+def build(name: str, **config) -> Detector:
+    """A new detector by registered name; `config` are its constructor's arguments. ValueError for an unknown name."""
+    return _registered(name)(**config)
+
+
+def module(name: str) -> ModuleType:
+    """The module that defines a registered detector. ValueError for an unknown name."""
+    return sys.modules[_registered(name).__module__]
 
 
 def save_checkpoint(detector: Detector, folder: str | Path, **card) -> Path:
@@ -124,6 +136,9 @@ def load_checkpoint(folder: str | Path) -> tuple[Detector, dict]:
     try:
         detector = build(card["detector"], **card["config"])
         detector.load_state_dict(load(weights))
+        if card["input"] != json.loads(json.dumps(asdict(detector.input_spec))):
+            raise ValueError("it was trained on crops of another size or normalisation.")
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"The checkpoint in {folder} does not fit this version of Unmask: {error}") from error
+        why = " ".join(str(error).split())[:200]  # torch lists every weight that does not fit, a line each
+        raise CheckpointError(f"The checkpoint in {folder} does not fit this version of Unmask: {why}") from error
     return detector.eval(), card

@@ -58,7 +58,7 @@ class ConvNeXt(Detector):
         super().__init__()
         if frequency not in ("none", "srm"):
             raise ValueError(f"frequency must be 'none' or 'srm', not '{frequency}'.")
-        if size % 32:
+        if size < 32 or size % 32:
             raise ValueError(f"ConvNeXt needs a crop size that is a multiple of 32, not {size}.")
         layer_scale = pretrained if layer_scale is None else layer_scale
         # A checkpoint brings its own weights, so it is rebuilt without asking for pretrained ones.
