@@ -102,6 +102,8 @@ def test_track_keeps_to_one_of_two_people():
     assert track(frames) == left
     frames[3] = [right[3]]  # missed for a frame: better none than the other person
     assert track(frames) == [*left[:3], None, *left[4:]]
+    cut = [[f] for f in left[:5]] + [[face_at(400, 100, 50)] for _ in range(3)]  # another person after a cut
+    assert track(cut) == [*left[:5], None, None, None]
 
 
 def test_large_short_lived_object_does_not_win():

@@ -101,6 +101,7 @@ def test_truncated_clip_gives_what_is_decodable(tmp_path, share):
     whole = read_frames(path, 48).frames
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * share)])
+    assert not decoding.scan(str(path)).intact
     clip = read_frames(path, 4)
     last = read_frames(path, 99).indices[-1]
     assert clip.decoder == "pyav" and len(clip.frames) == 4 and clip.total > last - 2
