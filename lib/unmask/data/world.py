@@ -3,7 +3,7 @@
 Two data sets are generated: `world-a` (train, val, test) and `world-b` (test only: other cameras, subjects, codec
 settings and blending). People come in pairs who are each other's donors, so a pair is the leakage unit. Real and forged
 clips take the same road: camera, the camera's own encoder, decoder, forgery or nothing, distribution encoder. File
-names, lengths and encoder settings therefore say nothing about the label.
+names, sizes, lengths and encoder settings therefore say nothing about the label.
 
 Limits: one light, no occlusion, drawn rather than photographed skin; nothing here stands for a real population.
 """
@@ -13,6 +13,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass
 from functools import partial
@@ -25,12 +26,12 @@ import pandas as pd
 from joblib import Parallel, delayed
 
 from unmask.data import cameras, forgeries, manifest, scenes, subjects, video
-from unmask.profile import source_hash, write_atomic
+from unmask.profile import ProfileError, source_hash, write_atomic
 from unmask.progress import track
 
 METHODS = ("swap", "reenact", "texture", "synthesis")
 NAMES = ("world-a", "world-b")
-SOURCES = (cameras, forgeries, scenes, subjects, video)
+SOURCES = (cameras, forgeries, scenes, subjects, video, sys.modules[__name__])
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,9 @@ def _write(
             preset="veryfast" if pair.world == "world-a" else "medium",
         )
     else:
-        write_atomic(out / path, cv2.imencode(".png", cv2.cvtColor(frames[image], cv2.COLOR_RGB2BGR))[1].tobytes())
+        # Uncompressed, so that the size of the file depends on the size of the picture alone.
+        bgr = cv2.cvtColor(frames[image], cv2.COLOR_RGB2BGR)
+        write_atomic(out / path, cv2.imencode(".png", bgr, [cv2.IMWRITE_PNG_COMPRESSION, 0])[1].tobytes())
     annotations = f"{pair.world}/annotations/{name}.npz"
     _save_arrays(out / annotations, landmarks=landmarks[chosen])
     if forgery is not None:
@@ -177,10 +180,24 @@ def _write(
     }  # fmt: skip
 
 
+def _equalise(videos: list[Path]) -> None:
+    """Give all these mp4 files the size of the largest, by a `free` box (ISO/IEC 14496-12) at the end.
+
+    A smooth forged face costs the encoder fewer bits; without this the size of a file would tell its label.
+    """
+    size = max(path.stat().st_size for path in videos) + 8
+    for path in videos:
+        box = size - path.stat().st_size
+        write_atomic(path, path.read_bytes() + box.to_bytes(4, "big") + b"free" + bytes(box - 8))
+
+
 def _make_pair(out: Path, pair: Pair, spec: dict, seed: int) -> None:
     """Film, forge and write everything of one pair; the rows are written last, so a part that exists is whole."""
     part = out / ".parts" / f"{pair.index:05d}.json"
-    if part.exists():
+    # Whole unless somebody, or an interrupted clearing, has removed files since.
+    if part.exists() and all(
+        (out / row[column]).exists() for row in json.loads(part.read_text()) for column in ("path", "annotations")
+    ):
         return
     cv2.setNumThreads(1)
     devices = world_cameras(pair.world, spec, seed)
@@ -202,6 +219,7 @@ def _make_pair(out: Path, pair: Pair, spec: dict, seed: int) -> None:
             rows.append(_write(out, pair, target, method, forgery, None, spec, seed) | from_donor)
             if method == "synthesis":
                 rows.append(_write(out, pair, target, f"{method}-image", forgery, middle, spec, seed) | from_donor)
+    _equalise([out / row["path"] for row in rows if row["kind"] == "video"])
     for row in rows:
         row["group_id"] = f"{pair.world}:p{pair.index:03d}"
     write_atomic(part, json.dumps(rows))
@@ -219,7 +237,10 @@ def generate(out: str | os.PathLike, spec: dict, seed: int = 0, workers: int = 1
 
     spec: the profile's `world` keys. Resumes where an interrupted run stopped; with other settings (or another version
     of the simulator) the earlier world in `out` is replaced. The same seed gives the same bytes for any `workers`.
+    Raises ProfileError for a size that H.264 cannot have.
     """
+    if spec["size"] < 32 or spec["size"] % 2:
+        raise ProfileError(f"world.size must be an even number of pixels from 32 on, not {spec['size']}.")
     out = Path(out)
     settings = json.dumps({"spec": spec, "seed": seed, "source": source_hash(*SOURCES)}, sort_keys=True)
     stamp = out / "world.json"
