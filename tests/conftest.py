@@ -50,3 +50,45 @@ def make_clip():
         return encode(path, moving_frames(count, height, width, squares), **({"crf": 18} | options))
 
     return make
+
+
+TINY = {
+    "world.size": 96, "world.frames": 5, "world.cameras": 3, "world.pairs_train": 2, "world.pairs_val": 1,
+    "world.pairs_test": 2, "world.pairs_b": 1, "convnext.backbone": "test_convnext", "train.batch": 4,
+}  # fmt: skip
+
+
+def tiny_profile(**changes):
+    """Profile `tiny` with a still smaller world and network; keywords change keys: `train__epochs=2`."""
+    from unmask.profile import load_profile
+
+    return load_profile("tiny", TINY | {key.replace("__", "."): value for key, value in changes.items()})
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory) -> Path:
+    """The folder of a tiny synthetic world with its manifest.parquet; not to be changed."""
+    from unmask.data.world import generate
+
+    out = tmp_path_factory.mktemp("shared") / "world"
+    generate(out, dict(tiny_profile().world), seed=3)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_crops(tiny_world) -> Path:
+    """The folder of its crops, two per clip; not to be changed."""
+    from unmask.preprocessing import preprocess
+
+    preprocess(tiny_world / "manifest.parquet", out := tiny_world.parent / "crops", workers=0,
+               **tiny_profile().preprocess)  # fmt: skip
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_world, tiny_crops) -> Path:
+    """A ConvNeXt trained on it for one epoch."""
+    from unmask.training import train_detector
+
+    manifest, out = tiny_world / "manifest.parquet", tiny_world.parent / "checkpoint"
+    return train_detector("convnext", tiny_profile(), manifest, tiny_crops, out, seed=0)

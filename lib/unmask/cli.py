@@ -96,6 +96,12 @@ def _shard(text: str) -> tuple[int, int]:
     return int(number), int(of)
 
 
+def _positive(text: str) -> int:
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError("at least 1")
+    return int(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     parser = argparse.ArgumentParser(prog="unmask", description="A reproducible study kit for deepfake detection.")
@@ -116,7 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command(world, "Generate the synthetic world.")
     sub.add_argument("out", metavar="OUT")
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--workers", type=int)
+    sub.add_argument("--workers", type=_positive, help="processes")
     sub.add_argument(
         "--layout",
         choices=["ffpp", "celebdf2", "dfdc", "df40"],
@@ -136,7 +142,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("out", metavar="OUT")
     sub.add_argument("--locator", choices=["annotations", "yunet", "uniface", "haar"])
     sub.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="do every N-th item from the I-th on")
-    sub.add_argument("--workers", type=int)
+    sub.add_argument("--workers", type=_positive, help="processes")
     sub = command(train, "Train a detector on real faces and their self-blends.")
     sub.add_argument("detector", choices=["convnext"])
     sub.add_argument("--manifest", required=True)
@@ -150,9 +156,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--locator", choices=["yunet", "uniface", "haar"], help="default: yunet if its weights are here, else haar"
     )
-    sub.add_argument("--workers", type=int)
+    sub.add_argument("--workers", type=_positive, help="processes")
     sub = command(evaluate, "Make the result table from scores and a manifest.")
-    sub.add_argument("scores", metavar="SCORES.parquet")
+    sub.add_argument("scores", metavar="SCORES", help="score table (Parquet), or the CSV that `unmask score` wrote")
     sub.add_argument("manifest", metavar="MANIFEST")
     sub.add_argument("--out", required=True, metavar="TABLE.csv")
     return parser

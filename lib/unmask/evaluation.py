@@ -77,7 +77,7 @@ def read_media_scores(
 def _check(table: pd.DataFrame, name: str | os.PathLike) -> pd.DataFrame:
     """The table if it fits the schema; otherwise ScoreError with the first fault."""
     try:
-        return SCORES.validate(table, lazy=True)
+        return SCORES.validate(table.reset_index(drop=True), lazy=True)
     except pa.errors.SchemaErrors as error:
         column, check, case = error.failure_cases[["column", "check", "failure_case"]].iloc[0]
         raise ScoreError(f"{name} is not a valid score table: {column} fails {check} (found {case}).") from error

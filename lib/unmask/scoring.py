@@ -16,6 +16,7 @@ from unmask.data.faces import LocatorError, find_yunet
 from unmask.data.manifest import COLUMNS, item_id, write_manifest
 from unmask.data.tree import kind_of
 from unmask.detectors import base
+from unmask.evaluation import ScoreError
 from unmask.preprocessing import preprocess
 from unmask.profile import write_atomic
 from unmask.progress import track
@@ -59,18 +60,18 @@ def score_table(
 
 
 def expand(media: Iterable[str | os.PathLike]) -> Iterator[Path]:
-    """Files as they are, folders as all their files below, each once, hidden files left out."""
+    """Files as they are, folders as all visible files below (an empty one as itself, to be reported), each once."""
     seen = set()
     for given in map(Path, media):
-        inside = (
-            sorted(p for p in given.rglob("*") if p.is_file() and not p.name.startswith("."))
-            if given.is_dir()
-            else [given]
-        )
-        for path in inside:
+        below = sorted(p for p in given.rglob("*") if p.is_file() and not _hidden(p.relative_to(given)))
+        for path in below or [given]:
             if (absolute := path.absolute()) not in seen:
                 seen.add(absolute)
                 yield path
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def best_locator() -> str:
@@ -82,18 +83,27 @@ def best_locator() -> str:
     return "yunet"
 
 
-def _manifest(paths: list[Path]) -> pd.DataFrame:
-    """A manifest for media nobody labelled; label, method and split are only placeholders that nothing reads."""
+def _manifest(paths: list[Path], links: Path) -> pd.DataFrame:
+    """A manifest for media nobody labelled; label, method and split are only placeholders that nothing reads.
+
+    Each medium is listed as a numbered link in `links`: a manifest cannot hold names that are not UTF-8, disks can.
+    """
     rows = [dict.fromkeys(COLUMNS, "") for _ in paths]
-    for row, path in zip(rows, paths, strict=True):
-        absolute = path.absolute()
-        identity = item_id("media", str(absolute))
+    links.mkdir()
+    for i, (row, path) in enumerate(zip(rows, paths, strict=True)):
+        link = links / f"{i:06d}"
+        link.symlink_to(path.absolute())
+        identity = item_id("media", link.name)
         row |= {
-            "item_id": identity, "root": str(absolute.parent), "path": absolute.name, "dataset": "media",
-            "split": "test", "label": 0,
-            "kind": kind_of(absolute.name), "method": "real", "group_id": identity,
+            "item_id": identity, "root": links.name, "path": link.name, "dataset": "media", "split": "test", "label": 0,
+            "kind": kind_of(path.name), "method": "real", "group_id": identity,
         }  # fmt: skip
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"label": "int8"})
+
+
+def _printable(path: Path) -> str:
+    """The path as text that can be stored, whatever bytes its name has."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 def score_media(
@@ -109,18 +119,23 @@ def score_media(
     Writes `out` (CSV: path, status ok|failed, score = P(fake), reason, frames, faces, decoder) and beside it a JSON
     with the score of every frame. Raises CheckpointError for the checkpoint and LocatorError for the locator.
     """
+    document_path = Path(out).with_suffix(".json")
+    if document_path == Path(out):
+        raise ScoreError(
+            f"{out} would be overwritten by the JSON beside it; give the table another ending, such as .csv."
+        )
     detector, card = base.load_checkpoint(checkpoint)
-    settings, paths = card["preprocessing"], list(expand(media))
-    if not paths:
-        raise FileNotFoundError("There is no file to score in what was given.")
+    if "preprocessing" not in card:
+        raise base.CheckpointError(f"The checkpoint in {checkpoint} does not say how its crops were made; train anew.")
+    paths = list(expand(media))
     with tempfile.TemporaryDirectory() as folder:
         manifest, crops = Path(folder) / "manifest.parquet", Path(folder) / "crops"
-        df = _manifest(paths)
+        df = _manifest(paths, Path(folder) / "media")
         write_manifest(df, manifest)
         chosen = locator or best_locator()
-        items = preprocess(manifest, crops, locator=chosen, workers=workers, deadline=deadline, **settings)
+        items = preprocess(manifest, crops, locator=chosen, workers=workers, deadline=deadline, **card["preprocessing"])
         scores = score_crops(detector, CropStore(crops), read_index(crops))
-    table = df[["item_id"]].assign(path=[str(p) for p in paths]).merge(items, on="item_id", how="left")
+    table = df[["item_id"]].assign(path=[_printable(p) for p in paths]).merge(items, on="item_id", how="left")
     table = table.merge(scores.loc[scores["frame"] == -1, ["item_id", "score"]], on="item_id", how="left")
     report = table[["path", "status", "score", "reason", "frames", "faces", "decoder"]]
     write_atomic(out, report.to_csv(index=False, float_format="%.6f"))
@@ -132,5 +147,5 @@ def score_media(
         for identity, row in zip(table["item_id"], report.to_dict("records"), strict=True)
     ]
     document = {"checkpoint": str(checkpoint), "sha256": card["sha256"], "locator": chosen, "media": rows}
-    write_atomic(Path(out).with_suffix(".json"), json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    write_atomic(document_path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     return report
