@@ -1,0 +1,316 @@
+"""Training: the same weights after a kill, from any number of loaders, and whatever the test split holds."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from unmask import training
+from unmask.data.crops import CropStore, read_index
+from unmask.data.manifest import read_manifest
+from unmask.detectors.base import load_checkpoint
+from unmask.training import Options, SelfBlendPairs, TrainingError, batch_plan, real_crops, train
+
+OPTIONS = {
+    "seed": 0, "epochs": 2, "batch": 4, "frames_per_clip": 2, "lr": 1e-3, "weight_decay": 0.05, "warmup": 0.1,
+    "ema": 0.0, "patience": 0, "boundary": 1.0, "recipe": "intended",
+}  # fmt: skip
+CONFIG = {"backbone": "test_convnext", "size": 32}
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture(scope="module")
+def data(tiny_world, tiny_crops):
+    return read_manifest(tiny_world / "manifest.parquet"), read_index(tiny_crops), CropStore(tiny_crops)
+
+
+@pytest.fixture
+def run(data, tmp_path):
+    """Train into a folder by name; keywords change options, `config` the network, `data` what is trained on."""
+
+    def call(name="run", config=None, data=data, **options):
+        return train("convnext", CONFIG | (config or {}), *data, tmp_path / name, Options(**OPTIONS | options))
+
+    return call
+
+
+def weights(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+def kill_at(monkeypatch, function, call):
+    """Let `training.function` raise Killed at its n-th call (from 1)."""
+    true, calls = getattr(training, function), []
+
+    def dying(*arguments, **keywords):
+        calls.append(1)
+        if len(calls) == call:
+            raise Killed
+        return true(*arguments, **keywords)
+
+    monkeypatch.setattr(training, function, dying)
+
+
+@pytest.mark.parametrize("options", [{}, {"ema": 0.7}, {"shuffle": True}])
+def test_killed_and_resumed_equals_uninterrupted(run, monkeypatch, tmp_path, options):
+    config = {"drop_path": 0.4}  # noise, so that the random state counts
+    whole = run("whole", config, epochs=4, **options)
+    with monkeypatch.context() as patch:
+        kill_at(patch, "validate", 3)
+        with pytest.raises(Killed):
+            run("cut", config, epochs=4, **options)
+    state = torch.load(tmp_path / "cut" / training.STATE, weights_only=True)
+    assert len(state["history"]) == 2 and not (tmp_path / "cut/config.json").exists()
+    with monkeypatch.context() as patch:
+        calls = []
+        true = training._epoch
+        patch.setattr(training, "_epoch", lambda *a: calls.append(1) or true(*a))
+        cut = run("cut", config, epochs=4, **options)
+    assert len(calls) == 2, "the first two epochs are not repeated"
+    assert weights(cut) == weights(whole) and (cut / "config.json").read_text() == (whole / "config.json").read_text()
+    assert sorted(p.name for p in cut.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_killed_after_the_last_epoch_or_while_saving(run, monkeypatch):
+    whole = run("whole")
+    for where in ("save_checkpoint", "write_atomic"):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            if where == "save_checkpoint":
+                patch.setattr(training.base, where, lambda *a, **k: (_ for _ in ()).throw(Killed))
+            else:
+                kill_at(patch, "_save_state", 2)
+            run(where)
+        assert weights(run(where)) == weights(whole)
+
+
+def test_two_runs_agree_another_seed_does_not_and_nothing_else_is_reseeded(run):
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    one = weights(run("one", {"drop_path": 0.2}))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(5)
+    np.random.seed(1)
+    assert weights(run("two", {"drop_path": 0.2})) == one
+    assert weights(run("three", {"drop_path": 0.2}, seed=1)) != one
+
+
+def test_loader_processes_change_nothing(run):
+    assert weights(run("here")) == weights(run("there", loaders=1))
+
+
+def test_the_average_of_the_weights_is_what_is_validated_and_kept(run, monkeypatch):
+    raw, shown = [], []
+    epoch, validate = training._epoch, training.validate
+
+    def spy_epoch(accelerator, parts, *rest):
+        losses = epoch(accelerator, parts, *rest)
+        raw.append(parts["detector"].state_dict()["head.weight"].clone())
+        return losses
+
+    def spy_validate(detector, loader):
+        shown.append(detector.state_dict()["head.weight"].clone())
+        return validate(detector, loader)
+
+    monkeypatch.setattr(training, "_epoch", spy_epoch)
+    monkeypatch.setattr(training, "validate", spy_validate)
+    folder = run(ema=0.75, epochs=3, batch=100)  # one step an epoch
+    expected = raw[0]
+    for now, average in zip(raw, shown, strict=True):
+        expected = 0.75 * expected + 0.25 * now
+        torch.testing.assert_close(average, expected)
+    detector, card = load_checkpoint(folder)
+    best = min(range(3), key=lambda i: card["history"][i]["val_loss"])
+    torch.testing.assert_close(detector.head.weight.detach(), shown[best])
+
+
+@pytest.mark.parametrize("patience, epochs", [(1, 3), (2, 6), (3, 7), (0, 7)])
+def test_patience_stops_and_the_best_epoch_is_kept(run, monkeypatch, patience, epochs):
+    losses, shown = [0.9, 0.5, 0.5, 0.4, 0.6, 0.7, 0.8], []
+
+    def scripted(detector, loader):
+        shown.append(detector.state_dict()["head.weight"].clone())
+        return {"val_auc": 0.5, "val_loss": losses[len(shown) - 1]}
+
+    monkeypatch.setattr(training, "validate", scripted)
+    detector, card = load_checkpoint(run(patience=patience, epochs=7))
+    assert len(card["history"]) == len(shown) == epochs
+    best = min(range(epochs), key=losses.__getitem__)
+    assert torch.equal(detector.head.weight.detach(), shown[best])
+
+
+def test_the_test_split_cannot_reach_the_checkpoint(run, data):
+    manifest, index, store = data
+    poisoned = manifest.copy()
+    test = poisoned["split"] == "test"
+    poisoned.loc[test, "label"] = 1 - poisoned.loc[test, "label"]
+    poisoned["method"] = np.where(poisoned["label"] == 1, "poison", "real")
+    poisoned["method"] = poisoned["method"].where(test, manifest["method"])
+    assert (poisoned != manifest).sum().sum() == 2 * test.sum() > 0
+    without = index[~index["item_id"].isin(manifest.loc[test, "item_id"])]
+    assert 0 < len(without) < len(index)
+    clean, other = run("clean"), run("poisoned", data=(poisoned, without.sample(frac=1, random_state=0), store))
+    assert weights(clean) == weights(other)
+    assert (clean / "config.json").read_text() == (other / "config.json").read_text()
+
+
+def test_no_fake_and_no_test_face_is_ever_opened(run, data, tiny_crops):
+    manifest, index, _ = data
+    opened = set()
+
+    class Watched(CropStore):
+        def image(self, row, check=False):
+            opened.add(row["item_id"])
+            return super().image(row, check)
+
+    run(data=(manifest, index, Watched(tiny_crops)))
+    allowed = manifest[(manifest["label"] == 0) & manifest["split"].isin(["train", "val"])]
+    assert opened == set(allowed["item_id"])
+
+
+def test_the_shuffled_control_flips_the_same_half_every_time():
+    rows = [{"item_id": f"{i:016x}", "frame": f} for i in range(100) for f in range(10)]
+    options = Options(**OPTIONS, shuffle=True)
+    flipped = training._flips(rows, options)
+    assert 0.45 < flipped.double().mean() < 0.55 and flipped.dtype == torch.bool
+    order = np.random.default_rng(0).permutation(1000)
+    assert torch.equal(training._flips([rows[i] for i in order], options), flipped[order])
+    assert not torch.equal(training._flips(rows, Options(**OPTIONS | {"seed": 1}, shuffle=True)), flipped)
+    assert not training._flips(rows, Options(**OPTIONS)).any()
+
+
+def test_flipped_pairs_have_their_labels_exchanged():
+    class Fixed:
+        def prepare(self, images):
+            return images
+
+        def with_boundary(self, images):
+            return torch.tensor([-2.0, 3.0]), torch.zeros(2, 4, 4)
+
+    def loss(flipped, **options):
+        arguments = torch.zeros(1, 2, 8, 8, 3), torch.zeros(1, 2, 4, 4), Options(**OPTIONS | options)
+        return training._loss(Fixed(), *arguments, torch.tensor([flipped])).item()
+
+    def entropy(real, fake):  # softplus of the wrong sign
+        return (math.log1p(math.exp(real)) + math.log1p(math.exp(-fake))) / 2
+
+    assert loss(False, boundary=0.0) == pytest.approx(entropy(-2, 3))
+    assert loss(True, boundary=0.0) == pytest.approx(entropy(2, -3))
+    assert loss(False, boundary=0.5) == pytest.approx(entropy(-2, 3) + 0.5 * math.log(2))
+    assert loss(True, boundary=0.5, shuffle=True) == pytest.approx(entropy(2, -3)), "the boundary would tell the label"
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero():
+    rates = [training._schedule(step, 100, 0.1) for step in range(100)]
+    assert rates[:10] == pytest.approx(np.arange(1, 11) / 10)
+    assert rates[10] == 1 and rates[55] == pytest.approx(0.5) and 0 < rates[99] < 1e-3
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert [training._schedule(s, 2, 0.0) for s in range(2)] == [1, 1] and training._schedule(0, 1, 0.1) == 1
+
+
+def test_the_schedule_reaches_the_optimizer(run, monkeypatch):
+    used, epoch = [], training._epoch
+
+    def spy(accelerator, parts, *rest):
+        used.append(parts["optimizer"].param_groups[0]["lr"])
+        return epoch(accelerator, parts, *rest)
+
+    monkeypatch.setattr(training, "_epoch", spy)
+    run(epochs=4, batch=100, warmup=0.5)
+    assert used == pytest.approx([0.5e-3, 1e-3, 1e-3, 0.5e-3])
+
+
+def test_a_loss_that_is_no_number_stops_with_advice(run, monkeypatch, tmp_path):
+    with pytest.raises(TrainingError, match="lower train.lr"):
+        run(lr=1e30, warmup=0.0)
+    assert not (tmp_path / "run/config.json").exists()
+    # Weights can also break in the last step, when only validation sees them.
+    epoch = training._epoch
+
+    def breaking(accelerator, parts, *rest):
+        losses = epoch(accelerator, parts, *rest)
+        torch.nn.init.constant_(parts["detector"].head.weight, float("nan"))
+        return losses
+
+    monkeypatch.setattr(training, "_epoch", breaking)
+    with pytest.raises(TrainingError, match="lower train.lr"):
+        run("last")
+
+
+def test_a_finished_run_returns_at_once_and_any_change_trains_anew(run, data, monkeypatch):
+    manifest, index, store = data
+    folder = run(loaders=0)
+    before, stamp = weights(folder), (folder / "config.json").stat().st_mtime_ns
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_fit", lambda *a: pytest.fail("trained although nothing changed"))
+        run()
+        run(loaders=1)
+        shuffled = manifest.sample(frac=1, random_state=0), index.sample(frac=1, random_state=0), store
+        run(data=shuffled)
+    assert (folder / "config.json").stat().st_mtime_ns == stamp
+    seen = {before, weights(run(lr=2e-3))}
+    seen.add(weights(run(config={"frequency": "none"})))
+    seen.add(weights(run(shuffle=True)))
+    fewer = index[index["item_id"] != real_crops(index, manifest, "train")["item_id"].iloc[0]]
+    seen.add(weights(run(data=(manifest, fewer, store))))
+    moved = index.assign(landmarks=[points + 1 for points in index["landmarks"]])
+    seen.add(weights(run(data=(manifest, moved, store))))
+    assert len(seen) == 6
+    assert weights(run()) == before
+    trained = []
+    monkeypatch.setattr(training, "source_hash", lambda *modules: "other code")
+    monkeypatch.setattr(training, "_fit", lambda *a: trained.append(1))
+    run()
+    assert trained
+
+
+def test_an_interrupted_run_with_other_options_is_not_resumed(run, monkeypatch):
+    expected = weights(run("fresh", lr=5e-4))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, "validate", 2)
+        run("old", lr=1e-3)
+    assert weights(run("old", lr=5e-4)) == expected
+
+
+def test_what_cannot_be_trained_says_so(run, data):
+    manifest, index, store = data
+    with pytest.raises(TrainingError, match="no crop of a real face in the val split"):
+        run(data=(manifest[manifest["split"] != "val"], index, store))
+    with pytest.raises(TrainingError, match="`convnext` keys: .*multiple of 32"):
+        run(config={"size": 50})
+    with pytest.raises(TrainingError, match="`convnext` keys"):
+        run(config={"backbone": "convnext_of_nowhere"})
+
+
+def test_an_epoch_draws_from_every_clip_and_no_crop_twice(data):
+    manifest, index, _ = data
+    rows = real_crops(index, manifest, "train")
+    options = Options(**OPTIONS)
+    plans = [[crop for batch in batch_plan(rows, options, epoch) for crop in batch] for epoch in (0, 0, 1)]
+    assert plans[0] == plans[1] and [i for _, i in plans[0]] != [i for _, i in plans[2]]
+    for plan, epoch in zip(plans, (0, 0, 1), strict=True):
+        assert {e for e, _ in plan} == {epoch}
+        drawn = rows.iloc[[i for _, i in plan]]
+        assert not drawn.duplicated(["item_id", "frame"]).any()
+        counts = drawn["item_id"].value_counts()
+        assert (counts == rows["item_id"].value_counts().clip(upper=2).loc[counts.index]).all()
+        assert set(counts.index) == set(rows["item_id"])
+    single = batch_plan(rows, Options(**OPTIONS | {"frames_per_clip": 1}), 0)
+    assert sum(map(len, single)) == rows["item_id"].nunique() and max(map(len, single)) == 4
+
+
+def test_pairs_are_fixed_by_seed_epoch_and_crop(data):
+    manifest, index, store = data
+    rows = real_crops(index, manifest, "val")
+    learn, judge = (SelfBlendPairs(store, rows, 64, 0, "intended", training) for training in (True, False))
+    images, boundary = learn[0, 0]
+    assert images.shape == (2, 64, 64, 3) and images.dtype == torch.uint8
+    assert boundary.shape == (2, 8, 8) and not boundary[0].any() and 0 < boundary[1].max() <= 1 + 1e-6
+    assert torch.equal(learn[0, 0][0], images) and not torch.equal(learn[1, 0][0], images)
+    other = SelfBlendPairs(store, rows, 64, 1, "intended", True)
+    assert not torch.equal(other[0, 0][0], images)
+    real, fake = judge[0, 1][0]
+    assert not torch.equal(real, fake) and torch.equal(judge[0, 1][0], torch.stack([real, fake]))
