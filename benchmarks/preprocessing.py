@@ -10,7 +10,6 @@ in turns; starting the workers counts.
 import argparse
 import os
 import platform
-import re
 import statistics
 import tempfile
 import time
@@ -23,6 +22,7 @@ import av  # noqa: E402
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
+from sections import processor, write_section  # noqa: E402
 
 from unmask.data import decoding, video  # noqa: E402
 from unmask.data.landmarks import CANONICAL_68  # noqa: E402
@@ -92,13 +92,6 @@ def measure(manifest: Path, locator: str) -> dict[str, list[float]]:
     return rates
 
 
-def processor() -> str:
-    """Name of the CPU model."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.M) if info.exists() else None
-    return found.group(1) if found else platform.processor() or platform.machine()
-
-
 def table(rates: dict[str, list[float]], what: str) -> str:
     """The section as Markdown: medians, and ratios to decoding alone and to one worker within each round."""
     alone, one = rates["decoding alone"], rates["preprocessing, 1 worker"]
@@ -124,16 +117,6 @@ def table(rates: dict[str, list[float]], what: str) -> str:
         over_one = ratio(values, one) if name.endswith("2 workers") else ""
         lines.append(f"| {name} | {statistics.median(values):.1f} | {ratio(values, alone)} | {over_one} |")
     return "\n".join(lines) + "\n"
-
-
-def write_section(path: Path, section: str) -> None:
-    """Replace the section of the same heading in a Markdown file, or append it; other sections stay."""
-    text = path.read_text() if path.exists() else "# Measured results\n"
-    old = re.search(rf"^{re.escape(HEADING)}\n.*?(?=^## |\Z)", text, re.M | re.S)
-    before, after = (text[: old.start()], text[old.end() :]) if old else (text.rstrip("\n") + "\n\n", "")
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(before + section + ("\n" + after if after else ""))
-    os.replace(temporary, path)
 
 
 def main() -> None:

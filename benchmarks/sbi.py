@@ -11,7 +11,6 @@ mask's window.
 import argparse
 import os
 import platform
-import re
 import statistics
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 import scipy  # noqa: E402
 from scipy import ndimage  # noqa: E402
+from sections import processor, write_section  # noqa: E402
 
 from unmask import hulls, sbi  # noqa: E402
 
@@ -111,13 +111,6 @@ def compare(kit, plain) -> tuple[float, float, float, float, float]:
     return fast, slow, statistics.median(ratios), ratios[0], ratios[-1]
 
 
-def processor() -> str:
-    """Name of the CPU model."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.M) if info.exists() else None
-    return found.group(1) if found else platform.processor() or platform.machine()
-
-
 def table() -> str:
     """Measure everything; the section as Markdown."""
     lines = [
@@ -150,17 +143,6 @@ def table() -> str:
             fast, slow, ratio, low, high = compare(kit, plain)
             lines.append(f"| {name} | {size} | {fast:.0f} | {slow:.1f} | {ratio:.1f} ({low:.1f} to {high:.1f}) |")
     return "\n".join(lines) + "\n"
-
-
-def write_section(path: Path, section: str) -> None:
-    """Replace the section of the same heading in a Markdown file, or append it; other sections stay."""
-    text = path.read_text() if path.exists() else "# Measured results\n"
-    old = re.search(rf"^{re.escape(HEADING)}\n.*?(?=^## |\Z)", text, re.M | re.S)
-    before, after = (text[: old.start()], text[old.end() :]) if old else (text.rstrip("\n") + "\n\n", "")
-    text = before + section + ("\n" + after if after else "")
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def main() -> None:

@@ -9,8 +9,11 @@ import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import sys
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -183,7 +186,11 @@ def device(module: torch.nn.Module) -> torch.device:
 
 
 def _precision() -> str:
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    """bf16 where the device computes in it, GPU or processor; float32 elsewhere."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "no"
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return "bf16" if found.get("avx512_bf16") or found.get("amx_bf16") else "no"
 
 
 def _save_state(path: Path, state: dict) -> None:
@@ -331,3 +338,24 @@ def train_detector(
     """`train` with everything a profile says, on files: a manifest and the folder of its crops."""
     options = Options(seed=seed, recipe=profile.sbi.recipe, shuffle=shuffle, **profile.train)
     return train(name, dict(profile[name]), read_manifest(manifest), read_index(crops), CropStore(crops), out, options)
+
+
+def _one_run(arguments: tuple) -> Path:
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)  # the number of threads changes sums: one, and `workers` never changes a result
+    return train_detector(*arguments)
+
+
+def train_runs(
+    name: str,
+    profile: Profile,
+    manifest: str | os.PathLike,
+    crops: str | os.PathLike,
+    runs: Mapping[str | os.PathLike, tuple[int, bool]],
+) -> None:
+    """`train_detector` for several runs {folder: (seed, shuffle)}: in turns on a GPU, side by side on a CPU."""
+    tasks = [(name, profile, manifest, crops, out, seed, shuffle) for out, (seed, shuffle) in runs.items()]
+    side_by_side = 1 if torch.cuda.is_available() else min(profile.workers, len(tasks))
+    with ProcessPoolExecutor(side_by_side, multiprocessing.get_context("spawn")) as pool:
+        for _ in track(pool.map(_one_run, tasks), len(tasks), f"training {name}, runs"):
+            pass
