@@ -1,0 +1,178 @@
+"""Scores of crops and of media files: one row per input whatever it is, and the same numbers by every road."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import SHARED, tiny_profile
+
+from unmask import sbi, scoring
+from unmask.data.crops import CropStore, read_index
+from unmask.data.faces import build_locator
+from unmask.data.manifest import read_manifest
+from unmask.data.video import read_frames
+from unmask.data.world import generate
+from unmask.detectors.base import CheckpointError, load_checkpoint
+from unmask.evaluation import ScoreError, read_scores, write_scores
+
+
+@pytest.fixture(scope="module", autouse=True)
+def weights():
+    """YuNet where its weights are beside the repository; else the Haar cascade, which needs none."""
+    with pytest.MonkeyPatch.context() as patch:
+        if (SHARED / "data/models/face_detection_yunet.onnx").is_file():
+            patch.setenv("UNMASK_MODELS", str(SHARED / "data/models"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory, weights):
+    """A clip and a picture in which the locator finds the face."""
+    out = tmp_path_factory.mktemp("faces")
+    spec = tiny_profile(world__size=160, world__frames=4, world__pairs_train=1, world__pairs_val=0).world
+    world = generate(out, dict(spec) | {"pairs_test": 0, "pairs_b": 0}, seed=1)
+    locator = build_locator(scoring.best_locator())
+    found = {}
+    for kind, path in zip(world["kind"], world["path"], strict=True):
+        if all(locator.locate(frame) for frame in read_frames(out / path, 2).frames):
+            found.setdefault(kind, out / path)
+    return found["video"], found["image"]
+
+
+@pytest.fixture
+def media(tmp_path, faces):
+    folder = tmp_path / "media"
+    (folder / ".hidden").mkdir(parents=True)
+    (folder / "inner").mkdir()
+    clip, picture = faces
+    for name in ("a good clip.mp4", "inner/größe, „ü“ 人.mp4", ".hidden/clip.mp4", ".clip.mp4"):
+        shutil.copy(clip, folder / name)
+    shutil.copy(clip, os.fsencode(folder) + b"/odd \xff name.mp4")
+    shutil.copy(picture, folder / "picture.png")
+    (folder / "empty.mp4").touch()
+    (folder / "text.mp4").write_text("not a video")
+    return folder
+
+
+def test_every_input_has_one_row(tmp_path, media, tiny_checkpoint):
+    missing, nothing = tmp_path / "missing.mp4", tmp_path / "nothing"
+    nothing.mkdir()
+    out = tmp_path / "results/scores.csv"
+    given = [missing, media, media / "picture.png", nothing]
+    table = scoring.score_media(given, tiny_checkpoint, out).set_index("path")
+    names = [
+        "a good clip.mp4",
+        "empty.mp4",
+        "inner/größe, „ü“ 人.mp4",
+        "odd \\udcff name.mp4",
+        "picture.png",
+        "text.mp4",
+    ]
+    assert table.index.tolist() == [str(missing), *(f"{media}/{name}" for name in names), str(nothing)]
+    failed = {str(missing): "file not found", f"{media}/empty.mp4": "empty file", str(nothing): "a folder, not a file"}
+    for path, reason in failed.items():
+        assert table.loc[path, "reason"] == reason
+    assert table.loc[f"{media}/text.mp4", "reason"] != ""
+    assert set(table.index[table["status"] == "failed"]) == {*failed, f"{media}/text.mp4"}
+    ok = table[table["status"] == "ok"]
+    assert ok["score"].between(0, 1).all() and (ok["reason"] == "").all()
+    assert table.loc[table["status"] == "failed", "score"].isna().all()
+    clips = table.loc[[f"{media}/{name}" for name in (names[0], names[2], names[3])]]
+    assert np.ptp(clips["score"]) < 1e-5 and (clips["faces"] == 2).all(), "copies of a clip score the same"
+    written = pd.read_csv(out, keep_default_na=False)
+    assert written["path"].tolist() == table.index.tolist()
+    assert [float(s) if s else None for s in written["score"]] == pytest.approx(
+        [None if np.isnan(s) else s for s in table["score"]], abs=1e-6
+    )
+
+
+def test_the_json_has_the_score_of_every_frame(tmp_path, media, tiny_checkpoint):
+    table = scoring.score_media([media], tiny_checkpoint, tmp_path / "scores.csv")
+    document = json.loads((tmp_path / "scores.json").read_text())
+    assert document["locator"] == scoring.best_locator()
+    assert document["sha256"] == json.loads((tiny_checkpoint / "config.json").read_text())["sha256"]
+    assert [row["path"] for row in document["media"]] == table["path"].tolist()
+    for row, status, score in zip(document["media"], table["status"], table["score"], strict=True):
+        if status == "ok":
+            assert len(row["frame_scores"]) == row["faces"]
+            assert np.mean(list(row["frame_scores"].values())) == pytest.approx(score, abs=1e-6)
+        else:
+            assert row["score"] is None and row["frame_scores"] == {}
+
+
+def test_nothing_but_failures_is_a_table_too(tmp_path, tiny_checkpoint):
+    (tmp_path / "empty.mp4").touch()
+    table = scoring.score_media([tmp_path / "empty.mp4"], tiny_checkpoint, tmp_path / "scores.csv")
+    assert table["status"].tolist() == ["failed"] and table["score"].isna().all()
+    assert (tmp_path / "scores.csv").read_text().count("\n") == 2
+
+
+def test_folders_are_expanded_once_in_order_without_hidden_files(media, monkeypatch):
+    monkeypatch.chdir(media)
+    found = [os.fsencode(p) for p in scoring.expand(["text.mp4", ".", media / "empty.mp4", ".clip.mp4", "gone"])]
+    assert found == [
+        b"text.mp4", b"a good clip.mp4", b"empty.mp4", "inner/größe, „ü“ 人.mp4".encode(), b"odd \xff name.mp4",
+        b"picture.png", b".clip.mp4", b"gone",
+    ]  # fmt: skip
+
+
+def test_what_cannot_be_scored_with_says_so(tmp_path, media, tiny_checkpoint):
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
+        scoring.score_media([media], tmp_path, tmp_path / "scores.csv")
+    with pytest.raises(ScoreError, match="would be overwritten"):
+        scoring.score_media([media], tiny_checkpoint, tmp_path / "scores.json")
+    card = json.loads((tiny_checkpoint / "config.json").read_text())
+    shutil.copytree(tiny_checkpoint, tmp_path / "other")
+    del card["preprocessing"]
+    (tmp_path / "other/config.json").write_text(json.dumps(card))
+    with pytest.raises(CheckpointError, match="does not say how its crops were made"):
+        scoring.score_media([media], tmp_path / "other", tmp_path / "scores.csv")
+    assert not (tmp_path / "scores.csv").exists()
+
+
+def test_crops_are_scored_alike_in_any_batch_and_order(tiny_crops, tiny_checkpoint):
+    (detector, _), store, index = load_checkpoint(tiny_checkpoint), CropStore(tiny_crops), read_index(tiny_crops)
+    index = index.iloc[:9]
+    table = scoring.score_crops(detector, store, index, batch=4)
+    mixed = scoring.score_crops(detector, store, index.sample(frac=1, random_state=0), batch=9)
+    pd.testing.assert_frame_equal(table, mixed, rtol=1e-4)
+    frames, clips = table[table["frame"] >= 0], table[table["frame"] == -1]
+    assert len(frames) == 9 and len(clips) == index["item_id"].nunique()
+    means = frames.groupby("item_id")["score"].mean()
+    assert clips.set_index("item_id")["score"].to_dict() == pytest.approx(means.to_dict())
+    row = index.iloc[3]
+    points = np.asarray(row["landmarks"]).reshape(-1, 2)
+    x0, y0, x1, y1 = points[:, 0].min(), points[:, 1].min(), points[:, 0].max(), points[:, 1].max()
+    w, h = x1 - x0, y1 - y0
+    face = sbi.crop(store.image(row), np.array([x0 - w / 8, y0 - h / 8, x1 + w / 8, y1 + h / 8]), 64)
+    with torch.no_grad():
+        logit = detector(detector.prepare(torch.from_numpy(face)[None, None]))
+    own = frames[(frames["item_id"] == row["item_id"]) & (frames["frame"] == row["frame"])]["score"].item()
+    assert own == pytest.approx(torch.sigmoid(logit).item(), rel=1e-4)
+
+
+def test_the_score_table_follows_the_contract(tmp_path, tiny_world, tiny_crops, tiny_checkpoint):
+    detector, card = load_checkpoint(tiny_checkpoint)
+    table = scoring.score_table(detector, card, CropStore(tiny_crops), read_index(tiny_crops), "sbi")
+    write_scores(table, tmp_path / "scores.parquet")
+    again = read_scores(tmp_path / "scores.parquet")
+    assert set(again["item_id"]) == set(read_manifest(tiny_world / "manifest.parquet")["item_id"])
+    assert (again["detector"] == "convnext").all() and (again["seed"] == 0).all()
+    assert (again["checkpoint"] == card["sha256"][:12]).all() and set(again["frame"]) > {-1}
+
+
+def test_without_any_crop_the_score_table_is_empty(tiny_crops, tiny_checkpoint):
+    detector, card = load_checkpoint(tiny_checkpoint)
+    table = scoring.score_table(detector, card, CropStore(tiny_crops), read_index(tiny_crops).iloc[:0], "sbi")
+    assert table.empty and "score" in table
+
+
+def test_the_locator_is_the_best_whose_weights_are_here(monkeypatch, tmp_path):
+    monkeypatch.setenv("UNMASK_MODELS", str(tmp_path))
+    assert scoring.best_locator() == "haar"
+    (tmp_path / "face_detection_yunet.onnx").touch()
+    assert scoring.best_locator() == "yunet"
