@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from unmask.data.datasets import index
+from unmask.data.datasets import LAYOUTS, index
 from unmask.data.manifest import ManifestError, media_path, read_manifest
 from unmask.data.tree import DatasetError
 from unmask.data.video import MediaError, read_frames
@@ -19,11 +19,15 @@ def collect(profile: Profile, work: Path, root: Path) -> tuple[pd.DataFrame, lis
 
     An entry is "layout=folder" (relative to the repository `root`), "manifest=file", or "world=folder": the synthetic
     world, made in that folder of `work` if need be. The first set is trained on; of the others only the test split is
-    used. A later set that is missing is left out with a note. Raises DatasetError if the first one is missing.
+    used. A later set that is missing is left out with a note. Raises DatasetError if the first one is missing, or an
+    entry names no known layout.
     """
     tables, notes = [], []
-    for position, entry in enumerate(profile.data.sets):
-        layout, _, place = entry.partition("=")
+    entries = [(entry, *entry.partition("=")[::2]) for entry in profile.data.sets]
+    for entry, layout, place in entries:
+        if not place or layout not in {*LAYOUTS, "manifest"}:
+            raise DatasetError(f"{entry!r} in data.sets is not LAYOUT=FOLDER, with {', '.join(LAYOUTS)} or manifest.")
+    for position, (entry, layout, place) in enumerate(entries):
         try:
             found, remarks = _one(layout, place, profile, work, root)
         except DatasetError as error:
@@ -33,6 +37,8 @@ def collect(profile: Profile, work: Path, root: Path) -> tuple[pd.DataFrame, lis
             continue
         if position:
             found = found[found["split"] == "test"]
+            if found.empty:
+                notes.append(f"{entry}: it has no test split, so nothing of it is used.")
         notes += [f"{layout}: {remark}" for remark in remarks]
         tables.append(found)
     joined = pd.concat(tables, ignore_index=True)
