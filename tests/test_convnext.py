@@ -87,6 +87,15 @@ def test_the_high_pass_filters_see_noise_and_nothing_smooth():
     assert point[0, [0, 1, 2, 6, 7, 8]].abs().max() < 1e-3 and point.abs().max() <= 6
 
 
+def test_the_frequency_branch_sees_grey_levels(detector):
+    images, seen = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8), []
+    hook = detector.frequency.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    with torch.no_grad():
+        detector(detector.prepare(images).unsqueeze(1))
+    hook.remove()
+    torch.testing.assert_close(seen[0], images.movedim(-1, 1).float(), atol=1e-3, rtol=0)
+
+
 def test_wrong_arguments_say_what_is_right():
     for options, message in (
         ({"size": 50}, "multiple of 32, not 50"), ({"size": 0}, "multiple of 32, not 0"),
