@@ -57,6 +57,7 @@ class Options:
     patience: int
     boundary: float
     recipe: str
+    init: str = "none"
     loaders: int = 0
     shuffle: bool = False
 
@@ -224,20 +225,44 @@ def train(
     out = Path(out)
     rows, val_rows = real_crops(index, manifest, "train"), real_crops(index, manifest, "val")
     source = source_hash(sbi, hulls, base, base.module(name), sys.modules[__name__])
-    key = digest([name, config, options.key(), _fingerprint(rows), _fingerprint(val_rows), source])
+    folder = _init_folder(options)
+    init = base.read_checkpoint(folder)[1]["sha256"] if folder else ""
+    key = digest([name, config, options.key(), init, _fingerprint(rows), _fingerprint(val_rows), source])
     if (out / base.CONFIG).exists() and json.loads((out / base.CONFIG).read_text()).get("training_key") == key:
         return out
     with _own_randomness(options.seed):
         accelerator = Accelerator(mixed_precision=_precision())
-        try:
-            detector = base.build(name, **config)
-        except (ValueError, RuntimeError) as error:
-            raise TrainingError(f"The detector cannot be built from the profile's `{name}` keys: {error}") from error
+        detector = _start(name, config, options)
         pairs = [
             SelfBlendPairs(store, part, detector.input_spec.size, options.seed, options.recipe, training)
             for part, training in ((rows, True), (val_rows, False))
         ]
         return _fit(accelerator, detector, *pairs, rows, out, options, key)
+
+
+def _init_folder(options: Options) -> Path | None:
+    """Where the initial weights are: a checkpoint of the kit by name, or a folder. The control starts from nothing."""
+    if options.init == "none" or options.shuffle:
+        return None
+    kept = Path(__file__).parent / "weights" / options.init
+    return kept if kept.is_dir() else Path(options.init)
+
+
+def _start(name: str, config: dict, options: Options):
+    """The detector as training finds it: random or timm's weights, or those of `options.init`."""
+    try:
+        detector = base.build(name, **config)
+    except (ValueError, RuntimeError) as error:
+        raise TrainingError(f"The detector cannot be built from the profile's `{name}` keys: {error}") from error
+    folder = _init_folder(options)
+    if folder is not None:
+        try:
+            detector.load_state_dict(base.read_checkpoint(folder)[0])
+        except RuntimeError as error:
+            raise TrainingError(
+                f"The weights that train.init names ({options.init}) are of another architecture; set train.init=none."
+            ) from error
+    return detector
 
 
 def _fit(accelerator, detector, data, val_data, rows, out: Path, options: Options, key: str) -> Path:

@@ -119,8 +119,8 @@ def save_checkpoint(detector: Detector, folder: str | Path, **card) -> Path:
     return folder
 
 
-def load_checkpoint(folder: str | Path) -> tuple[Detector, dict]:
-    """The detector of a checkpoint folder, in evaluation mode, and its config.json. Raises CheckpointError."""
+def read_checkpoint(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """The tensors of a checkpoint folder and its config.json, checked against each other. Raises CheckpointError."""
     folder = Path(folder)
     try:
         card = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -134,11 +134,20 @@ def load_checkpoint(folder: str | Path) -> tuple[Detector, dict]:
             f"The weights in {folder} are not those its {CONFIG} describes; copy the whole folder again or train anew."
         )
     try:
+        return load(weights), card
+    except SafetensorError as error:
+        raise CheckpointError(f"The weights in {folder} are damaged; train anew.") from error
+
+
+def load_checkpoint(folder: str | Path) -> tuple[Detector, dict]:
+    """The detector of a checkpoint folder, in evaluation mode, and its config.json. Raises CheckpointError."""
+    weights, card = read_checkpoint(folder)
+    try:
         detector = build(card["detector"], **card["config"])
-        detector.load_state_dict(load(weights))
+        detector.load_state_dict(weights)
         if card["input"] != json.loads(json.dumps(asdict(detector.input_spec))):
             raise ValueError("it was trained on crops of another size or normalisation.")
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         why = " ".join(str(error).split())[:200]  # torch lists every weight that does not fit, a line each
         raise CheckpointError(f"The checkpoint in {folder} does not fit this version of Unmask: {why}") from error
     return detector.eval(), card
