@@ -55,6 +55,7 @@ def make_clip():
 TINY = {
     "world.size": 96, "world.frames": 5, "world.cameras": 3, "world.pairs_train": 2, "world.pairs_val": 1,
     "world.pairs_test": 2, "world.pairs_b": 1, "convnext.backbone": "test_convnext", "train.batch": 4,
+    "train.init": "none",
 }  # fmt: skip
 
 

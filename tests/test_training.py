@@ -9,7 +9,8 @@ import torch
 from unmask import training
 from unmask.data.crops import CropStore, read_index
 from unmask.data.manifest import read_manifest
-from unmask.detectors.base import load_checkpoint
+from unmask.detectors.base import CheckpointError, load_checkpoint
+from unmask.profile import load_profile
 from unmask.training import Options, SelfBlendPairs, TrainingError, batch_plan, real_crops, train
 
 OPTIONS = {
@@ -266,6 +267,46 @@ def test_a_finished_run_returns_at_once_and_any_change_trains_anew(run, data, mo
     monkeypatch.setattr(training, "_fit", lambda *a: trained.append(1))
     run()
     assert trained
+
+
+def test_training_can_start_from_the_weights_of_a_checkpoint(run, monkeypatch):
+    first, started = run("first"), []
+
+    def spy(accelerator, detector, *rest):
+        started.append(detector.head.weight.detach().clone())
+        return fit(accelerator, detector, *rest)
+
+    fit = training._fit
+    monkeypatch.setattr(training, "_fit", spy)
+    head = load_checkpoint(first)[0].head.weight.detach()
+    second = run("second", init=str(first))
+    third = run("third", init=str(first), shuffle=True)
+    assert torch.equal(started[0], head) and not torch.equal(started[1], head), "the control knows nothing"
+    assert len({weights(folder) for folder in (first, second, third)}) == 3
+    run("second", init=str(first))
+    assert len(started) == 2, "unchanged"
+    before = run("first", lr=2e-3)
+    run("second", init=str(before))
+    assert torch.equal(started[3], load_checkpoint(before)[0].head.weight.detach()), "other weights by the same name"
+
+
+def test_weights_that_cannot_be_started_from_are_refused(run):
+    first = run("first")
+    with pytest.raises(TrainingError, match="another architecture; set train.init=none"):
+        run("other", config={"frequency": "none"}, init=str(first))
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
+        run("other", init="convnext-nowhere")
+    (first / "model.safetensors").write_bytes(b"x" * 64)
+    with pytest.raises(CheckpointError, match="are not those"):
+        run("other", init=str(first))
+
+
+def test_the_weights_that_come_with_the_kit_fit_the_demo_profile():
+    profile = load_profile("demo")
+    options = Options(seed=0, recipe=profile.sbi.recipe, **profile.train)
+    detector, kept = training._start("convnext", dict(profile.convnext), options), training._init_folder(options)
+    detector.eval(), load_checkpoint(kept)
+    assert kept.parent.name == "weights" and all(torch.isfinite(p).all() for p in detector.parameters())
 
 
 def test_an_interrupted_run_with_other_options_is_not_resumed(run, monkeypatch):
