@@ -69,12 +69,13 @@ def _package(requirement: Requirement, extra: str) -> Check:
 def _device() -> list[Check]:
     try:
         import torch
+
+        from unmask import training
     except ImportError as error:
         return [Check("GPU", "optional", f"cannot tell, PyTorch does not load ({error})")]
-    precision = Check("precision", "ok", "float32")
+    trains_in = {"bf16": "training in bfloat16", "no": "training in float32"}[training.precision()]
+    precision = Check("precision", "ok", trains_in)
     if torch.cuda.is_available():
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            precision = Check("precision", "ok", "bfloat16")
         gib = torch.cuda.get_device_properties(0).total_memory / 2**30
         name = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, {gib:.0f} GiB"
         return [Check("GPU", "ok", name), precision]

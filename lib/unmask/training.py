@@ -186,10 +186,10 @@ def device(module: torch.nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def _precision() -> str:
+def precision() -> str:
     """bf16 where the device computes in it, GPU or processor; float32 elsewhere."""
     if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "no"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return "bf16" if found.get("avx512_bf16") or found.get("amx_bf16") else "no"
 
@@ -231,7 +231,7 @@ def train(
     if (out / base.CONFIG).exists() and json.loads((out / base.CONFIG).read_text()).get("training_key") == key:
         return out
     with _own_randomness(options.seed):
-        accelerator = Accelerator(mixed_precision=_precision())
+        accelerator = Accelerator(mixed_precision=precision())
         detector = _start(name, config, options)
         pairs = [
             SelfBlendPairs(store, part, detector.input_spec.size, options.seed, options.recipe, training)
