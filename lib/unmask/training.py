@@ -91,14 +91,8 @@ class SelfBlendPairs(Dataset):
     """
 
     def __init__(self, store: CropStore, rows: pd.DataFrame, size: int, seed: int, recipe: str, training: bool):
-        self.store, self.rows, self.size, self.seed, self.recipe, self.training = (
-            store,
-            rows.to_dict("records"),
-            size,
-            seed,
-            recipe,
-            training,
-        )
+        self.store, self.rows, self.size = store, rows.to_dict("records"), size
+        self.seed, self.recipe, self.training = seed, recipe, training
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -156,10 +150,8 @@ def _loss(detector, images: torch.Tensor, edges: torch.Tensor, options: Options,
 
 def _flips(rows: list[dict], options: Options) -> torch.Tensor:
     """Which pairs have their labels exchanged, bool[len(rows)]: none, or in the control a fixed half of the crops."""
-    key = f"{options.seed}/"
-    return torch.tensor(
-        [options.shuffle and int(digest(f"{key}{r['item_id']}/{r['frame']}"), 16) % 2 == 1 for r in rows]
-    )
+    keys = (f"{options.seed}/{row['item_id']}/{row['frame']}" for row in rows)
+    return torch.tensor([options.shuffle and int(digest(key), 16) % 2 == 1 for key in keys])
 
 
 @torch.no_grad()

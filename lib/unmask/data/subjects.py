@@ -118,10 +118,9 @@ def canonical_landmarks(subject: Subject, pose: Pose) -> np.ndarray:
     """The 81 landmarks (iBUG 68 and 13 forehead points) in head units, float64[81,2], before the head turns."""
     s = subject.shape
     theta = np.linspace(0, np.pi, 17)
-    squareness = s["jaw"]
     jaw = np.stack(
         [
-            -0.95 * np.sign(np.cos(theta)) * np.abs(np.cos(theta)) ** squareness,
+            -0.95 * np.sign(np.cos(theta)) * np.abs(np.cos(theta)) ** s["jaw"],
             -0.16 + (s["chin"] + 0.1 * pose.mouth + 0.16) * np.sin(theta),
         ],
         1,
@@ -298,7 +297,7 @@ def frame_texture(subject: Subject, base: np.ndarray, pose: Pose, points: np.nda
         opening = _fill(outline)
         centre = np.array([side * subject.shape["eye_gap"] - 0.15 * pose.yaw * subject.shape["eye_width"], -0.14])
         circle = np.stack([np.cos(a := np.linspace(0, 2 * np.pi, 24, endpoint=False)), np.sin(a)], 1)
-        _paint(albedo, _fill(outline * 1.0 + (0, -0.012), 1.2) * 0.6, subject.skin * 0.35)
+        _paint(albedo, _fill(outline + (0, -0.012), 1.2) * 0.6, subject.skin * 0.35)
         _paint(albedo, opening, np.array([0.75, 0.73, 0.7]))
         for radius, colour in ((0.078, subject.iris), (0.036, np.full(3, 0.01))):
             _paint(albedo, opening * _fill(centre + radius * circle), colour)

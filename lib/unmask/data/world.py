@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -82,9 +82,7 @@ def _recode(frames: np.ndarray, fps: float, model: cameras.CameraModel) -> np.nd
             return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
-def _film(
-    pair: Pair, member: int, clip: int, spec: dict, seed: int, devices: list[cameras.Camera]
-) -> tuple[subjects.Subject, Clip]:
+def _film(pair: Pair, member: int, clip: int, spec: dict, seed: int, devices: list[cameras.Camera]) -> Clip:
     name = f"s{2 * pair.index + member:03d}"
     subject = subjects.sample_subject(_stream(seed, pair.world, name))
     rng = _stream(seed, pair.world, name, clip)
@@ -92,22 +90,15 @@ def _film(
     camera = devices[(2 * pair.index + member + clip * 3) % len(devices)]
     take = scenes.film(subject, rng, spec["frames"], spec["fps"], spec["size"])
     frames = np.stack([cameras.expose(radiance, camera, rng) for radiance in take.radiance])
-    return subject, Clip(name, camera, _recode(frames, spec["fps"], camera.model), take)
+    return Clip(name, camera, _recode(frames, spec["fps"], camera.model), take)
 
 
 def _imagine(subject: subjects.Subject, textures, clip: Clip, light: np.ndarray, i: int, side: int) -> np.ndarray:
     """The picture of a person who was never filmed, in the pose of frame i; float32[side,side,3] RGB 0..255."""
     size = clip.frames.shape[1]
     pose = clip.take.poses[i]
-    pose = subjects.Pose(
-        pose.yaw,
-        pose.pitch,
-        pose.roll,
-        *(v * side / size for v in (pose.x, pose.y, pose.scale)),
-        pose.mouth,
-        pose.smile,
-        pose.eyes,
-    )
+    zoom = side / size
+    pose = replace(pose, x=pose.x * zoom, y=pose.y * zoom, scale=pose.scale * zoom)
     head, cover, _ = subjects.render_head(subject, textures, pose, light, side)
     canvas = 0.4 * subject.skin + cover[..., None] * (head - 0.4 * subject.skin)
     return (255 * np.clip(canvas, 0, 1) ** (1 / 2.2)).astype(np.float32)
@@ -201,7 +192,7 @@ def _make_pair(out: Path, pair: Pair, spec: dict, seed: int) -> None:
         return
     cv2.setNumThreads(1)
     devices = world_cameras(pair.world, spec, seed)
-    filmed = [[_film(pair, member, clip, spec, seed, devices)[1] for clip in range(spec["clips"])] for member in (0, 1)]
+    filmed = [[_film(pair, member, clip, spec, seed, devices) for clip in range(spec["clips"])] for member in (0, 1)]
     rows = []
     for member, takes in enumerate(filmed):
         target, donor = takes[0], filmed[1 - member][0]
