@@ -78,7 +78,7 @@ def real_crops(index: pd.DataFrame, manifest: pd.DataFrame, split: str) -> pd.Da
     return rows
 
 
-def _fingerprint(rows: pd.DataFrame) -> str:
+def fingerprint(rows: pd.DataFrame) -> str:
     """SHA-256 of the crops that are used and their landmarks; the rest of the manifest is no reason to train anew."""
     identity = json.dumps(rows[["item_id", "frame", "sha256"]].to_numpy(dtype=object).tolist()).encode()
     return hashlib.sha256(identity + np.concatenate(rows["landmarks"].tolist()).tobytes()).hexdigest()
@@ -130,7 +130,7 @@ def _loader(data: SelfBlendPairs, batches: list[list[tuple[int, int]]], loaders:
     )
 
 
-def _schedule(step: int, steps: int, warmup: float) -> float:
+def schedule(step: int, steps: int, warmup: float) -> float:
     """Linear warm-up over a fraction of the steps, then half a cosine to zero."""
     ramp = max(1, round(warmup * steps))
     return (step + 1) / ramp if step < ramp else 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp)))
@@ -186,14 +186,18 @@ def precision() -> str:
     return "bf16" if found.get("avx512_bf16") or found.get("amx_bf16") else "no"
 
 
-def _save_state(path: Path, state: dict) -> None:
+def save_state(path: Path, state: dict) -> None:
+    """Write what an interrupted training needs to go on, atomically."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_atomic(path, buffer.getvalue())
 
 
+_save_state, _schedule = save_state, schedule  # the names by which this module's own tests know them
+
+
 @contextlib.contextmanager
-def _own_randomness(seed: int):
+def own_randomness(seed: int):
     """Torch's generators seeded inside, restored outside; nothing else is reseeded."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -219,10 +223,10 @@ def train(
     source = source_hash(sbi, hulls, base, base.module(name), sys.modules[__name__])
     folder = _init_folder(options)
     init = base.read_checkpoint(folder)[1]["sha256"] if folder else ""
-    key = digest([name, config, options.key(), init, _fingerprint(rows), _fingerprint(val_rows), source])
+    key = digest([name, config, options.key(), init, fingerprint(rows), fingerprint(val_rows), source])
     if (out / base.CONFIG).exists() and json.loads((out / base.CONFIG).read_text()).get("training_key") == key:
         return out
-    with _own_randomness(options.seed):
+    with own_randomness(options.seed):
         accelerator = Accelerator(mixed_precision=precision())
         detector = _start(name, config, options)
         pairs = [
@@ -232,12 +236,17 @@ def train(
         return _fit(accelerator, detector, *pairs, rows, out, options, key)
 
 
-def _init_folder(options: Options) -> Path | None:
-    """Where the initial weights are: a checkpoint of the kit by name, or a folder. The control starts from nothing."""
-    if options.init == "none" or options.shuffle:
+def init_folder(init: str) -> Path | None:
+    """Where initial weights are: a checkpoint of the kit by name, or a folder; None for "none"."""
+    if init == "none":
         return None
-    kept = Path(__file__).parent / "weights" / options.init
-    return kept if kept.is_dir() else Path(options.init)
+    kept = Path(__file__).parent / "weights" / init
+    return kept if kept.is_dir() else Path(init)
+
+
+def _init_folder(options: Options) -> Path | None:
+    """Where the initial weights of a run are. The control starts from nothing."""
+    return None if options.shuffle else init_folder(options.init)
 
 
 def _start(name: str, config: dict, options: Options):
@@ -261,7 +270,7 @@ def _fit(accelerator, detector, data, val_data, rows, out: Path, options: Option
     plans = [batch_plan(rows, options, epoch) for epoch in range(options.epochs)]
     steps = sum(map(len, plans))
     optimizer = torch.optim.AdamW(detector.trainable_parameters(), lr=options.lr, weight_decay=options.weight_decay)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _schedule(step, steps, options.warmup))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, steps, options.warmup))
     detector, optimizer = accelerator.prepare(detector, optimizer)
     average = (
         AveragedModel(detector, multi_avg_fn=get_ema_multi_avg_fn(options.ema), use_buffers=True)

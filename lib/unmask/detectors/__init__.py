@@ -1,3 +1,3 @@
 """Every trainable detector, one interface, one registry: see `base`."""
 
-from unmask.detectors import convnext  # noqa: F401  registers itself
+from unmask.detectors import convnext, embedding  # noqa: F401  register themselves
