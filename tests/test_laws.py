@@ -126,6 +126,16 @@ def test_teeth_are_the_bright_part_and_have_a_fixed_scale():
         assert not two[f"eyes_{pair}"] == pytest.approx(one[f"eyes_{pair}"], rel=0.1)
 
 
+def test_teeth_energies_at_the_fixed_size_in_closed_form():
+    """A mouth 400 px wide is halved: stripes of period 8 px then have period 4. Teeth: the bright ones."""
+    size = 10 * SIZE
+    stripes = 100 + 20 * np.tile([1, 1, 1, 1, -1, -1, -1, -1], size // 8)[None] * np.ones((size, 1))
+    found = named(laws.energies(rgb(stripes), 10 * face()))
+    for pair in ("LE", "LS", "LR"):
+        assert found[f"teeth_{pair}"] == pytest.approx(20 * 16 * 4 * 16 / 15 / 2, rel=1e-4)
+    assert found["teeth_EE"] == pytest.approx(0, abs=1e-2)
+
+
 def test_teeth_threshold_is_the_best_two_means():
     rng = np.random.default_rng(2)
     grey = np.where(rng.random((40, 60)) < 0.3, rng.normal(180, 25, (40, 60)), rng.normal(90, 30, (40, 60)))
@@ -205,6 +215,16 @@ def test_pseudo_labels_do_not_depend_on_order_or_outer_randomness():
     assert np.array_equal(np.random.get_state()[1], state)
     pd.testing.assert_frame_equal(laws.pseudo_labels(table, seed=3), found)
     pd.testing.assert_frame_equal(laws.pseudo_labels(table.sample(frac=1, random_state=1), seed=3), found)
+
+
+def test_pseudo_labels_without_groups_still_repeat():
+    """Where nothing is there to cluster, the outcome depends on the start: the seed must fix it."""
+    rng = np.random.default_rng(7)
+    table = pd.DataFrame(rng.uniform(0, 1, (60, 18)), columns=laws.COLUMNS).assign(item_id=list(map(str, range(60))))
+    for seed in range(3):
+        first = laws.pseudo_labels(table, seed)
+        for _ in range(3):
+            pd.testing.assert_frame_equal(laws.pseudo_labels(table, seed), first)
 
 
 def test_pseudo_labels_are_not_scaled():

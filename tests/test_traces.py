@@ -18,7 +18,7 @@ PTS = np.arange(FRAMES) * 0.12
 SIGMA = 6.0  # grey levels of the noise
 FLOOR = 2 / 12  # variance of rounding, in the pictures and in the measure
 QUARTER = np.log((SIGMA**2 / 4 + FLOOR) / (SIGMA**2 + FLOOR))  # half the noise, a quarter of the energy
-TEMPORAL = ["step_change", "change", "persistence", "flicker", "jitter"]
+TEMPORAL = ["step_change", "change", "persistence", "jitter"]
 
 
 def face(scale=40.0, centre=(80.0, 70.0), points=81):
@@ -67,10 +67,10 @@ def plain():
 
 def test_a_picture_from_one_piece_shows_nothing(plain):
     assert list(plain) == list(traces.FEATURES)
-    for name in ("noise", "middle", "rolloff", "chroma", "rim", "step", "change"):
+    for name in ("noise", "middle", "rolloff", "chroma", "rim", "lower", "step", "change"):
         assert abs(plain[name]) < 0.12, name
     assert abs(plain["persistence"]) < 0.05 and plain["step_change"] < 0.15
-    assert plain["flicker"] < 0.02 and plain["jitter"] < 1e-5 and plain["peak"] < 0.6
+    assert plain["jitter"] < 1e-5 and plain["peak"] < 0.6
 
 
 @pytest.mark.parametrize("points", [68, 81])
@@ -80,7 +80,7 @@ def test_less_noise_inside_the_hull(points):
     assert found["noise"] == pytest.approx(QUARTER, abs=0.08)
     assert found["step"] == pytest.approx(QUARTER, abs=0.08)
     assert found["change"] == pytest.approx(QUARTER, abs=0.08)
-    assert abs(found["rim"]) < 0.1
+    assert abs(found["rim"]) < 0.1 and abs(found["lower"]) < 0.1
     # White noise is weaker at all frequencies alike.
     assert found["middle"] == pytest.approx(QUARTER, abs=0.15) and abs(found["rolloff"]) < 0.15
 
@@ -90,6 +90,14 @@ def test_a_mask_smaller_than_the_face_leaves_the_noise_at_its_rim():
     found = measure(video(lambda i: background() + noise(i) * np.where(mask, 0.5, 1)))
     assert found["rim"] == pytest.approx(-QUARTER, abs=0.1)
     assert abs(found["step"]) < 0.1 and found["noise"] < QUARTER / 2
+
+
+@pytest.mark.parametrize("part", ["below", "above"])
+def test_a_redrawn_mouth_region(part):
+    rows, cheeks = np.arange(SIZE)[:, None], face()[2, 1]
+    redrawn = FACE & ((rows > cheeks) if part == "below" else (rows < cheeks))
+    found = measure(video(lambda i: background() + noise(i) * np.where(redrawn, 0.5, 1)))
+    assert found["lower"] == pytest.approx(QUARTER if part == "below" else -QUARTER, abs=0.1)
 
 
 def test_step_that_comes_and_goes():
@@ -124,12 +132,20 @@ def test_up_sampling_pattern_stands_out_as_a_peak(period, plain):
     assert abs(around["peak"] - plain["peak"]) < 0.3
 
 
-def test_colour_noise_is_not_luma_noise(plain):
-    opposite = np.array([1, -0.299 / 0.587, 0])  # leaves the luma alone
+def test_strong_slopes_do_not_leak_into_the_spectrum(plain):
+    """A face with shading that changes by several grey levels a pixel, as at the nose, has no more fine detail."""
+    waves = 60 * np.cos(2 * np.pi * np.arange(SIZE) / 60)
+    found = measure(video(lambda i: background() + noise(i) + np.where(FACE, waves, 0)))
+    assert abs(found["middle"] - plain["middle"]) < 0.15 and abs(found["rolloff"] - plain["rolloff"]) < 0.1
+
+
+@pytest.mark.parametrize("opposite", [(1, -0.299 / 0.587, 0), (0, -0.114 / 0.587, 1)])
+def test_colour_noise_is_not_luma_noise(opposite, plain):
+    """Colours that leave the luma alone, in red and in blue."""
 
     def paint(i):
         grey = (background() + noise(i))[..., None]
-        speckle = cv2.GaussianBlur(noise(100 + i), (0, 0), 0.8)[..., None] * opposite
+        speckle = cv2.GaussianBlur(noise(100 + i), (0, 0), 0.8)[..., None] * np.array(opposite)
         return grey + 3 * speckle * np.where(FACE, 1, 0.5)[..., None]
 
     found = measure(video(paint))
@@ -158,19 +174,6 @@ def test_frames_are_aligned_by_the_face_before_they_are_compared():
     points = face() + moves[:, None].astype(np.float32)
     assert measure(images, points)["persistence"] > 0.99
     assert abs(measure(images, face())["persistence"]) < 0.1
-
-
-def test_flicker_of_the_face_alone():
-    share = np.log(1.05)
-
-    def gains(in_face, around):
-        return video(lambda i: (background() + noise(i)) * np.exp(np.where(FACE, in_face(i), around(i))))
-
-    alternating = measure(gains(lambda i: share * (-1) ** i, lambda i: 0))
-    exposure = measure(gains(lambda i: share * (-1) ** i, lambda i: share * (-1) ** i))
-    fading = measure(gains(lambda i: share * i, lambda i: 0))
-    assert alternating["flicker"] == pytest.approx(4 * share, abs=0.02)
-    assert exposure["flicker"] < 0.02 and fading["flicker"] < 0.02
 
 
 def similarity(points, angle, scale, shift):
@@ -238,10 +241,10 @@ def test_what_cannot_be_had_is_nan():
     one, two, same = measure(images[:1]), measure(images[:2]), measure(images, pts=[0, 0.1, 0.1, 0.2, 0.3, 0.4])
     assert {k for k, v in one.items() if np.isnan(v)} == set(TEMPORAL)
     assert {k for k, v in two.items() if np.isnan(v)} == {k for k, v in same.items() if np.isnan(v)}
-    assert {k for k, v in two.items() if np.isnan(v)} == {"flicker", "jitter"}
+    assert {k for k, v in two.items() if np.isnan(v)} == {"jitter"}
     tight = measure(images, face(110.0, (80.0, 50.0)))
     assert {k for k, v in tight.items() if np.isnan(v)} == {
-        "noise", "middle", "rolloff", "chroma", "rim", "step", "step_change", "change", "flicker",
+        "noise", "middle", "rolloff", "chroma", "rim", "step", "step_change", "change",
     }  # fmt: skip
     black = measure(np.zeros_like(images))
     assert {k for k, v in black.items() if np.isfinite(v)} == {"jitter"}

@@ -30,11 +30,11 @@ FEATURES = {
     "peak": "highest line of the face's spectrum above its surroundings (log ratio)",
     "chroma": "chroma residual energy, face against ring (log ratio)",
     "rim": "residual energy, rim of the face against its core (log ratio)",
+    "lower": "residual energy, face below the nose against the rest of the face (log ratio)",
     "step": "residual energy, just inside against just outside the hull (log ratio)",
     "step_change": "mean absolute change of `step` between consecutive frames (log ratio)",
     "change": "energy of the difference of aligned consecutive frames, face against ring (log ratio)",
     "persistence": "correlation of the face's residual with that of the frame before, aligned (-1 to 1)",
-    "flicker": "second difference of the face's mean luma relative to the ring's, rms (log ratio)",
     "jitter": "second difference of the landmarks without similarity motion, rms (outer eye corner distances)",
 }
 """What each feature measures, with its unit in parentheses.
@@ -43,13 +43,15 @@ noise: Immerkaer, CVIU 1996 (the residual); Koopman et al., IMVIP 2018, for a fa
 middle, rolloff: Durall et al., CVPR 2020, up-sampling leaves a wrong spectral fall-off.
 peak: Zhang et al., WIFS 2019, and Frank et al., ICML 2020, up-sampling by zero insertion replicates the spectrum.
 chroma: generators work in full-resolution RGB, cameras interpolate a mosaic and videos halve the chroma.
+lower: Thies et al., SIGGRAPH 2019 (neural textures), and lip synchronisation redraw the part around the mouth only.
 rim, step, step_change: a soft mask leaves the original's pixels at the rim of the face and its noise outside (Li et
 al., CVPR 2020, Face X-ray); a mask laid anew in every frame makes that step unsteady.
-change, persistence, flicker: skin detail and light move with a real face; frames generated one by one redraw them.
+change, persistence: skin detail moves with a real face; frames generated one by one redraw it.
 jitter: Sun et al., CVPR 2021 (LRNet), frame-wise forgeries shake the geometry of the face.
 """
 
 _ZONES = {"face": (0.15, 1.0), "core": (0.3, 1.0), "rim": (0.05, 0.2), "outside": (-0.2, -0.05), "ring": (-0.75, -0.15)}
+_LOWER = slice(2, 15)  # jaw from cheek to cheek; the chord between passes about the base of the nose
 _SECOND_DIFFERENCE = np.array([1, -2, 1], np.float32) / np.float32(np.sqrt(6))  # unit gain for white noise
 _ROUNDING = 1 / 12  # variance of 8-bit rounding, grey levels squared: the floor of every energy
 _CHROMA_SIGMA = 2.0  # px; videos carry chroma at half the resolution, so that nothing finer is there
@@ -92,6 +94,8 @@ def _prepare(image: np.ndarray, landmarks: np.ndarray) -> _Frame:
     inward, outward = (cv2.distanceTransform(mask, cv2.DIST_L2, 5) for mask in (hull, 1 - hull))
     depth = (inward - outward) / max(float(inward.max()), 1.0)
     zones = {name: (depth > low) & (depth <= high) & usable for name, (low, high) in _ZONES.items()}
+    lower = hull_mask(points[_LOWER], luma.shape, "convex") > 0
+    zones |= {"lower": zones["face"] & lower, "upper": zones["face"] & ~lower}
     return _Frame(points, luma, _high_pass(luma), colour, zones)
 
 
@@ -125,20 +129,17 @@ def _spectral(frames: Sequence[_Frame]) -> dict[str, float]:
 
 
 def _second_difference(values: np.ndarray, pts: np.ndarray) -> np.ndarray:
-    """Twice the distance of values float[T,...] from the line through their neighbours in time: float[T-2,...]."""
+    """Twice the distance of points float[T,K,2] from the line through their neighbours in time: float[T-2,K,2]."""
     share = (pts[2:] - pts[1:-1]) / (pts[2:] - pts[:-2])
-    share = share.reshape(-1, *[1] * (values.ndim - 1))
+    share = share[:, None, None]
     return 2 * (values[1:-1] - share * values[:-2] - (1 - share) * values[2:])
 
 
 def _jitter(landmarks: np.ndarray, pts: np.ndarray) -> float:
     shapes = landmarks[:, :68].astype(np.float64)  # forehead points are a function of the others
-    mean = shapes[0]
-    for _ in range(2):  # generalised Procrustes analysis: the first frame's noise must not set the reference
-        maps = [fit_similarity(shape, mean) for shape in shapes]
-        aligned = np.stack([shape @ m[:, :2].T + m[:, 2] for shape, m in zip(shapes, maps, strict=True)])
-        mean = aligned.mean(0)
-    eyes = np.linalg.norm(mean[45] - mean[36])
+    maps = [fit_similarity(shape, shapes[0]) for shape in shapes]
+    aligned = np.stack([shape @ m[:, :2].T + m[:, 2] for shape, m in zip(shapes, maps, strict=True)])
+    eyes = np.linalg.norm((aligned[:, 45] - aligned[:, 36]).mean(0))
     return float(np.sqrt((_second_difference(aligned, pts) ** 2).sum(2).mean()) / eyes) if eyes > 0 else np.nan
 
 
@@ -170,8 +171,6 @@ def _temporal(frames: Sequence[_Frame], steps: Sequence[float], pts: np.ndarray)
     found = {"step_change": _mean(np.abs(np.diff(steps)))}
     found |= {name: _mean([pair[i] for pair in pairs]) for i, name in enumerate(("change", "persistence"))}
     if len(frames) > 2 and (np.diff(pts) > 0).all():
-        light = np.array([frame.ratio(frame.luma, "face", "ring") for frame in frames])
-        found["flicker"] = float(np.sqrt(_mean(_second_difference(light, pts) ** 2)))
         found["jitter"] = _jitter(np.stack([frame.points for frame in frames]), pts)
     return found
 
@@ -180,7 +179,7 @@ def video_traces(images: np.ndarray, landmarks: np.ndarray, pts: np.ndarray) -> 
     """The FEATURES of one video, NaN where one cannot be had: in time for single pictures, in space for tight crops.
 
     images: uint8[T,S,S,3] RGB crops in order of time, with some background. landmarks: float[T,68 or 81,2] in crop
-    pixels. pts: float[T], seconds; `flicker` and `jitter` need three frames whose times increase. ValueError if the
+    pixels. pts: float[T], seconds; `jitter` needs three frames whose times increase. ValueError if the
     three do not fit each other or a face does not fit its crop (see `hulls.check_face`).
     """
     pts = np.asarray(pts, np.float64)
@@ -192,6 +191,7 @@ def video_traces(images: np.ndarray, landmarks: np.ndarray, pts: np.ndarray) -> 
         "noise": _mean([frame.ratio(frame.residual**2, "face", "ring") for frame in frames]),
         "chroma": _mean([frame.ratio(frame.colour, "face", "ring") for frame in frames]),
         "rim": _mean([frame.ratio(frame.residual**2, "rim", "core") for frame in frames]),
+        "lower": _mean([frame.ratio(frame.residual**2, "lower", "upper") for frame in frames]),
         "step": _mean(steps),
         **_spectral(frames),
         **_temporal(frames, steps, pts),
