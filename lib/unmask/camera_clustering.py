@@ -1,0 +1,201 @@
+"""Which media come from the same camera? Chapter 02: fingerprints, their similarity, clusters, and the controls.
+
+No label is read here: media go in, clusters come out. What the cameras really were enters only `judge`.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from sklearn.metrics import roc_auc_score
+
+from unmask import prnu
+from unmask.clustering import METHODS, UNATTRIBUTED, by_linkage, cluster, scores, similarity
+from unmask.data.crops import CropStore, read_index
+from unmask.data.manifest import COLUMNS, ManifestError, item_id, media_path, read_manifest
+from unmask.data.tree import IMAGE_SUFFIXES, VIDEO_SUFFIXES, kind_of
+from unmask.data.video import encode, read_frames
+from unmask.fingerprints import Settings, best_device, extract, face_hulls, media_of, read_patterns, read_scenes
+from unmask.prnu import fingerprint, ncc, noise_residual, pce
+from unmask.profile import write_atomic
+from unmask.progress import track
+
+__all__ = [
+    "METHODS", "cluster", "cluster_files", "cluster_rows", "controls", "fingerprint", "judge", "ncc", "noise_residual",
+    "pairs", "pce", "quality", "similarities", "take",
+]  # fmt: skip
+
+
+def take(
+    manifest: pd.DataFrame,
+    manifest_path: Path,
+    out: str | os.PathLike,
+    settings: Settings,
+    crops: str | os.PathLike | None = None,
+    workers: int = 1,
+) -> pd.DataFrame:
+    """Fingerprints of all media of a manifest into the folder `out`; one row per medium (`unmask.fingerprints`).
+
+    With `crops`, the folder that preprocessing filled, faces are kept apart from the background.
+    """
+    hulls: Mapping = {}
+    if crops is not None:
+        made = CropStore(crops).settings()
+        hulls = face_hulls(read_index(crops), made["size"], made["align"])
+    paths = [media_path(row, manifest_path) for row in manifest.to_dict("records")]
+    return extract(media_of(manifest, paths, hulls), out, settings, workers)
+
+
+def similarities(out: str | os.PathLike, rows: pd.DataFrame) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Per bucket of frames of one size: positions int[n] in `rows` and the correlations float32[n,n] of backgrounds."""
+    found = {}
+    for bucket, part in _buckets(rows):
+        patterns, valid = read_patterns(out, part)
+        found[bucket] = part.index.to_numpy(), similarity(patterns, valid, device=best_device())
+    return found
+
+
+def _buckets(rows: pd.DataFrame):
+    rows = rows.reset_index(drop=True)
+    return rows[rows["status"] == "ok"].groupby("bucket", sort=True)
+
+
+def cluster_rows(
+    matrices: Mapping[str, tuple[np.ndarray, np.ndarray]], count: int, method: str = "linkage", seed: int = 0
+) -> np.ndarray:
+    """Camera of each of `count` media, int[count], from the matrices of their buckets; -1 = unattributed or failed.
+
+    Cameras of different buckets have different numbers: nothing compares frames of different sizes.
+    """
+    labels = np.full(count, UNATTRIBUTED)
+    for where, matrix in matrices.values():
+        own = cluster(matrix, method, seed=seed)
+        labels[where] = np.where(own >= 0, own + labels.max(initial=-1) + 1, UNATTRIBUTED)
+    return labels
+
+
+def controls(out: str | os.PathLike, rows: pd.DataFrame, method: str, seed: int) -> dict[str, np.ndarray]:
+    """Labels int[N] of what must not work, or must work worse, if it is the sensor that is measured.
+
+    shifted: every fingerprint moved by its own few pixels, so that the sensor no longer lies on itself while the
+    picture's content nearly does. scene: thumbnails of the mean frame instead of fingerprints. random: noise.
+    """
+    rng = np.random.default_rng(seed)
+    labels = {name: np.full(len(rows), UNATTRIBUTED) for name in ("shifted", "scene", "random")}
+    for _, part in _buckets(rows):
+        patterns, valid = read_patterns(out, part)
+        for i, (dy, dx) in enumerate(rng.integers(-16, 17, (len(part), 2))):
+            patterns[i], valid[i] = np.roll(patterns[i], (dy, dx), (0, 1)), np.roll(valid[i], (dy, dx), (0, 1))
+        scenes = read_scenes(out, part).reshape(len(part), -1)
+        found = {
+            "shifted": cluster(similarity(patterns, valid, device=best_device()), method, seed=seed),
+            # Thumbnails are all alike to some degree, so the silhouette alone decides and nothing is left out.
+            "scene": by_linkage(_correlation(scenes), 0.0, seed) if len(part) > 2 else np.zeros(len(part), int),
+            "random": cluster(_correlation(rng.standard_normal((len(part), 4096))), method, seed=seed),
+        }
+        for name, own in found.items():
+            start = labels[name].max(initial=-1) + 1
+            labels[name][part.index] = np.where(own >= 0, own + start, UNATTRIBUTED)
+    return labels
+
+
+def _correlation(vectors: np.ndarray) -> np.ndarray:
+    centred = vectors - vectors.mean(1, keepdims=True)
+    unit = centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
+    return unit @ unit.T
+
+
+def judge(cameras: Sequence[str], results: Mapping[str, np.ndarray]) -> pd.DataFrame:
+    """A row of `unmask.clustering.scores` for each named result; media whose camera is unknown ("") do not count."""
+    known = np.asarray(cameras, object).astype(str) != ""
+    truth = np.asarray(cameras, object)[known]
+    if not known.any():
+        return pd.DataFrame()
+    return pd.DataFrame([{"method": name, **scores(truth, labels[known])} for name, labels in results.items()])
+
+
+def pairs(matrix: np.ndarray, cameras: Sequence[str], recordings: Sequence[str]) -> pd.DataFrame:
+    """All pairs of different recordings: columns ncc and same (of one camera)."""
+    camera, recording = (np.unique(np.asarray(x).astype(str), return_inverse=True)[1] for x in (cameras, recordings))
+    i, j = np.triu_indices(len(matrix), 1)
+    other = recording[i] != recording[j]
+    return pd.DataFrame({"ncc": matrix[i, j][other], "same": (camera[i] == camera[j])[other]})
+
+
+def quality(
+    paths: Sequence[Path],
+    cameras: Sequence[str],
+    crfs: Sequence[int],
+    counts: Sequence[int],
+    settings: Settings,
+) -> pd.DataFrame:
+    """How well pairs of one camera are told from others as compression grows and frames lack: crf, frames, auc, ncc.
+
+    Every clip (of another recording each) is encoded anew at each `crf` (H.264, medium) and read back; fingerprints are
+    taken of the first 1, 2, ... of `max(counts)` frames. auc: same camera against different ones over all pairs of
+    clips; ncc: the mean of pairs of one camera.
+    """
+    table, patterns = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        for k, path in enumerate(track(list(paths), label="quality, clips")):
+            frames = read_frames(path, max(counts), settings.deadline, upright=False, crop=settings.crop or None).frames
+            frames = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
+            for crf in crfs:
+                seen = read_frames(encode(Path(folder) / "clip.mp4", frames, crf=crf), len(frames)).frames
+                total = prnu.Accumulator(*seen.shape[1:3], sigma=settings.sigma, device=best_device())
+                for start, stop in zip([0, *counts], counts, strict=False):
+                    if start < len(seen):
+                        total.add(seen[start:stop])
+                    patterns[crf, stop, k] = total.fingerprints()[0]
+    for crf in crfs:
+        for count in counts:
+            matrix = similarity(np.stack([patterns[crf, count, k] for k in range(len(paths))]))
+            both = pairs(matrix, cameras, range(len(paths)))
+            auc = roc_auc_score(both["same"], both["ncc"]) if both["same"].nunique() == 2 else np.nan
+            table.append({"crf": crf, "frames": count, "auc": auc, "ncc": both.loc[both["same"], "ncc"].mean()})
+    return pd.DataFrame(table)
+
+
+def _listed(target: Path) -> tuple[pd.DataFrame, Path]:
+    """The manifest at `target`, or one made up for the media below a folder; nothing reads its labels."""
+    if not target.is_dir():
+        return read_manifest(target), target
+    files = sorted(p for p in target.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES and p.is_file())
+    if not files:
+        raise ManifestError(f"There is no picture or video in {target}.")
+    rows = []
+    for file in files:
+        path = file.relative_to(target).as_posix()
+        rows.append(dict.fromkeys(COLUMNS, "") | {"item_id": item_id("media", path), "root": target.name, "path": path,
+                                                  "kind": kind_of(path), "dataset": "media"})  # fmt: skip
+    return pd.DataFrame(rows, columns=list(COLUMNS)), target
+
+
+def cluster_files(
+    target: str | os.PathLike,
+    out: str | os.PathLike,
+    settings: Settings,
+    crops: str | os.PathLike | None = None,
+    method: str = "linkage",
+    workers: int = 1,
+) -> pd.DataFrame:
+    """Cluster the media of a manifest or below a folder by camera; returns a row per medium, failures too.
+
+    Writes `out` (CSV: path as in the manifest or below the folder, cluster; -1 = unattributed or unreadable), beside
+    it a JSON that says why, and a folder with the fingerprints, from which a stopped call goes on. Raises
+    ManifestError for a target without media.
+    """
+    target, out = Path(target).resolve(), Path(out)
+    manifest, where = _listed(target)
+    rows = take(manifest, where, out.with_suffix(".fingerprints"), settings, crops, workers)
+    matrices = similarities(out.with_suffix(".fingerprints"), rows)
+    rows = rows.assign(path=manifest["path"].tolist(), cluster=cluster_rows(matrices, len(rows), method))
+    shown = rows.drop(columns=["item_id", "seconds"]).to_dict("records")
+    document = {"method": method, "settings": vars(settings), "media": shown}
+    write_atomic(out.with_suffix(".json"), json.dumps(document, indent=1, default=int) + "\n")
+    write_atomic(out, rows[["path", "cluster"]].to_csv(index=False))
+    return rows
