@@ -214,6 +214,14 @@ def test_feedback_is_refused_when_a_cluster_is_tiny():
     assert new is labels and changed == 0 and refused == "cluster 1 would hold 2 of 100 frames"
 
 
+def test_feedback_is_refused_while_all_frames_look_alike():
+    units = blobs((50, 50), np.random.default_rng(0)) * 0.02 + np.array([0, 0, 1], np.float32)
+    units /= np.linalg.norm(units, axis=1, keepdims=True)
+    labels = np.repeat([0, 1], 50)
+    new, changed, refused = confident(units, np.arange(100).astype(str), labels, 0.5, seed=0)
+    assert new is labels and changed == 0 and refused.startswith("the centres coincide (cosine 0.999")
+
+
 def test_a_run_with_feedback_says_what_it_did(run, monkeypatch):
     history = card(run(epochs=4, feedback=2, keep=0.5))["history"]
     assert [entry["kept"] for entry in history[:2]] == [48, 48] and history[0]["changed"] == 0
@@ -248,6 +256,12 @@ def test_killed_and_resumed_equals_uninterrupted(run, monkeypatch, tmp_path):
         for ours, theirs in zip(card(cut)["history"], card(whole)["history"], strict=True):
             assert ours == pytest.approx(theirs, abs=1e-6)
         assert (cut / "embeddings.safetensors").read_bytes() == (whole / "embeddings.safetensors").read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(Killed):  # after the last epoch
+        patch.setattr(learning.base, "save_checkpoint", lambda *a, **k: (_ for _ in ()).throw(Killed))
+        run("late", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(learning, "_epoch", lambda *a: pytest.fail("an epoch was repeated"))
+        assert weights(run("late", **options)) == weights(whole)
     files = ["config.json", "embeddings.json", "embeddings.safetensors", "model.safetensors"]
     assert sorted(p.name for p in cut.iterdir()) == files
 

@@ -28,7 +28,9 @@ from unmask.learning import LoopOptions, Run
 from unmask.profile import digest, source_hash, write_atomic
 from unmask.training import TrainingError, fingerprint, init_folder, own_randomness
 
-SMALLEST_CLUSTER = 0.05  # of the frames; a feedback that finds a smaller one is refused
+# A feedback is refused that finds a cluster with a smaller share of the frames, or centres with a larger cosine:
+# k-means also splits what a network that has not learned anything yet says, and would trade the labels for noise.
+SMALLEST_CLUSTER, SAME_CENTRE = 0.05, 0.99
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,10 @@ def confident(
     cluster, sizes = kmeans.labels_.astype(np.int64), np.bincount(kmeans.labels_, minlength=2)
     if sizes.min() < SMALLEST_CLUSTER * len(units):
         return labels, 0, f"cluster {sizes.argmin()} would hold {sizes.min()} of {len(units)} frames"
-    distance = 1 - (units * centres(units, cluster)[cluster]).sum(1)
+    directions = centres(units, cluster)
+    if (alike := float(directions[0] @ directions[1])) > SAME_CENTRE:
+        return labels, 0, f"the centres coincide (cosine {alike:.4f})"
+    distance = 1 - (units * directions[cluster]).sum(1)
     stays = np.zeros(len(units), bool)
     for label in (0, 1):
         own = np.flatnonzero(cluster == label)
