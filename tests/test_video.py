@@ -1,16 +1,19 @@
 """Decoding: the right frames, the same from both decoders, and nothing that hangs."""
 
+import io
 import os
 import signal
 import struct
 import time
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
-from conftest import moving_frames
+from av.sidedata.sidedata import Type
+from conftest import moving_frames, textured_frames
 from PIL import Image
 
 from unmask.data import decoding, video
@@ -171,6 +174,16 @@ def test_deadline_holds_and_the_next_clip_works(tmp_path, make_clip, monkeypatch
     decoder.close()
 
 
+def test_what_decord_cannot_do_has_the_whole_deadline(tmp_path, make_clip, monkeypatch):
+    path = make_clip(tmp_path / "clip.mp4")
+    decoder = Hung(1)
+    monkeypatch.setattr(video, "_decoder", decoder)
+    with pytest.raises(MediaError, match=r"^deadline of 0.5 s exceeded$"):
+        read_frames(path, 2, deadline=0.5, keyframes=True)
+    assert decoder.starts == 1
+    decoder.close()
+
+
 def test_crash_of_the_decoder_is_a_reason(tmp_path, make_clip, monkeypatch):
     path = make_clip(tmp_path / "clip.mp4")
     decoder = Hung(2, signal.SIGSEGV)
@@ -248,3 +261,240 @@ def test_playlists_and_addresses_are_not_followed(tmp_path, make_clip):
         read_frames(playlist, 1)
     with pytest.raises(MediaError, match="file not found"):
         read_frames("http://localhost/clip.mp4", 1)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "tif"])
+def test_pictures_as_stored_ignore_their_orientation(tmp_path, suffix, orientation):
+    rgb, exif = moving_frames(1, 41, 60)[0], Image.Exif()
+    exif[0x0112] = orientation
+    plain, marked = tmp_path / f"plain.{suffix}", tmp_path / f"marked.{suffix}"
+    Image.fromarray(rgb).save(plain)
+    Image.fromarray(rgb).save(marked, exif=exif)
+    expected = np.asarray(Image.open(plain))
+    stored, shown = read_frames(marked, 1, upright=False), read_frames(marked, 1)
+    assert np.array_equal(stored.frames[0], expected) and (stored.width, stored.height) == (60, 41)
+    turned = {1: lambda x: x, 2: np.fliplr, 3: lambda x: np.rot90(x, 2), 4: np.flipud, 5: lambda x: x.swapaxes(0, 1),
+              6: lambda x: np.rot90(x, -1), 7: lambda x: np.rot90(x, 2).swapaxes(0, 1),
+              8: np.rot90}[orientation](expected)  # fmt: skip
+    assert np.array_equal(shown.frames[0], turned) and (shown.width, shown.height) == turned.shape[1::-1]
+
+
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+@pytest.mark.parametrize("keyframes", [False, True])
+def test_videos_as_stored_ignore_their_rotation_mark(tmp_path, degrees, keyframes):
+    path = encode(tmp_path / "clip.mp4", textured_frames(12, 98, 130), gop=4)
+    marked, plain = rotate_mark(path, degrees), read_frames(path, 3, keyframes=keyframes)
+    clip = read_frames(marked, 3, upright=False, keyframes=keyframes)
+    assert clip.decoder == ("pyav" if keyframes else "decord")
+    assert np.array_equal(clip.frames, plain.frames) and (clip.width, clip.height) == (130, 98)
+    assert clip.scale == 1.0
+    by_pyav = decoding.read(str(marked), 3, None, ["pyav"], upright=False)[1]
+    assert keyframes or np.array_equal(np.stack(by_pyav), plain.frames)
+    cut = read_frames(marked, 3, upright=False, crop=32, keyframes=keyframes)
+    assert np.array_equal(cut.frames, plain.frames[:, 32:64, 48:80])  # (98 - 32) / 2 = 33 and (130 - 32) / 2 = 49
+
+
+def test_motion_jpeg_as_stored_ignores_the_mark_in_its_pictures(tmp_path):
+    rgb, exif, data = moving_frames(1, 48, 64)[0], Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.fromarray(rgb).save(data, "JPEG", exif=exif)
+    path = tmp_path / "clip.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+        for i in range(3):
+            packet = av.Packet(data.getvalue())
+            packet.pts = packet.dts = i
+            packet.time_base, packet.stream, packet.is_keyframe = Fraction(1, 5), stream, True
+            container.mux(packet)
+    for clip in (read_frames(path, 3, upright=False), read_frames(path, 3, upright=False, keyframes=True, qp=True)):
+        assert (clip.width, clip.height) == (64, 48) and clip.frames.shape == (3, 48, 64, 3)
+        assert np.abs(clip.frames.astype(int) - rgb).mean() < 4 and np.isnan(clip.qp).all()
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "crop", "rows", "columns"),
+    [
+        (96, 128, 40, (28, 68), (44, 84)),
+        (97, 131, 40, (28, 68), (44, 84)),  # 28.5 and 45.5
+        (98, 130, 40, (28, 68), (44, 84)),  # 29 and 45
+        (97, 131, 33, (32, 65), (48, 81)),  # 32 and 49
+        (40, 131, 50, (0, 40), (40, 90)),  # fewer rows than the crop
+        (41, 59, 60, (0, 41), (0, 59)),
+        (97, 131, 1, (48, 49), (64, 65)),  # 48 and 65
+    ],
+)
+def test_crop_is_the_centre_from_an_even_origin(tmp_path, height, width, crop, rows, columns):
+    noise = np.random.default_rng(0).integers(0, 256, (4, height, width, 3), np.uint8)
+    Image.fromarray(noise[0]).save(tmp_path / "noise.png")
+    clip = read_frames(tmp_path / "noise.png", 1, crop=crop)
+    assert np.array_equal(clip.frames[0], noise[0, slice(*rows), slice(*columns)])
+    assert (clip.width, clip.height, clip.scale) == (width, height, 1.0)
+
+    path = encode(tmp_path / "noise.mkv", noise, crf=0, pix_fmt="yuv444p", gop=2)
+    whole = read_frames(path, 4).frames[:, slice(*rows), slice(*columns)]
+    for asked in ({}, {"qp": True}, {"keyframes": True}):
+        clip = read_frames(path, 4, crop=crop, **asked)
+        assert clip.decoder == ("pyav" if asked else "decord")
+        assert np.array_equal(clip.frames, whole[clip.indices])
+        assert (clip.width, clip.height, clip.scale) == (width, height, 1.0)
+
+
+def test_crops_do_not_hide_a_change_of_size(tmp_path):
+    parts = []
+    for name, height, width in (("a", 96, 128), ("b", 64, 96)):
+        with av.open(str(tmp_path / f"{name}.h264"), "w") as container:
+            stream = container.add_stream("libx264", rate=25)
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            for picture in moving_frames(6, height, width):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode())
+        parts.append((tmp_path / f"{name}.h264").read_bytes())
+    (tmp_path / "both.h264").write_bytes(b"".join(parts))
+    assert read_frames(tmp_path / "a.h264", 9, crop=32, keyframes=True).frames.shape == (1, 32, 32, 3)
+    for keyframes in (False, True):
+        with pytest.raises(MediaError, match="frame size changes"):
+            read_frames(tmp_path / "both.h264", 9, crop=32, keyframes=keyframes)
+
+
+@pytest.mark.parametrize("request_", [{"crop": 0}, {"crop": 32, "max_side": 64}])
+def test_senseless_crops_are_refused(tmp_path, make_clip, request_):
+    with pytest.raises(ValueError, match="crop"):
+        read_frames(make_clip(tmp_path / "clip.mp4"), 1, **request_)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_key_frames_are_spread_alone(tmp_path, make_clip, suffix):
+    path = make_clip(tmp_path / f"clip.{suffix}", count=50, gop=10, bframes=3)
+    whole = read_frames(path, 50)
+    for count, expected in ((99, [0, 10, 20, 30, 40]), (5, [0, 10, 20, 30, 40]), (2, [10, 30]), (1, [20])):
+        clip = read_frames(path, count, keyframes=True)
+        assert clip.indices.tolist() == expected and clip.total == 50
+        assert np.array_equal(clip.frames, whole.frames[expected])
+        assert np.allclose(clip.pts, np.array(expected) / 25, atol=1e-3)
+    single = make_clip(tmp_path / "single.mp4", count=20, gop=99)
+    assert read_frames(single, 4, keyframes=True).indices.tolist() == [0]
+    Image.fromarray(whole.frames[0]).save(tmp_path / "still.png")
+    assert np.array_equal(read_frames(tmp_path / "still.png", 4, keyframes=True).frames, whole.frames[:1])
+
+
+def test_key_frames_of_open_groups_have_their_place_in_display_order(tmp_path):
+    path = write_x264(tmp_path / "open.mp4", {"g": "10", "bf": "3", "x264-params": "open-gop=1:scenecut=0"}, count=30)
+    with av.open(str(path)) as container:  # B-frames that are shown before a key frame follow it in the file.
+        keys = [i for i, packet in enumerate(container.demux(video=0)) if packet.is_keyframe]
+    clip = read_frames(path, 99, keyframes=True)
+    assert keys[1] < 10 and clip.indices.tolist() == [0, 10, 20]
+    assert np.array_equal(clip.frames, read_frames(path, 99).frames[[0, 10, 20]])
+
+
+def _overwrite(path: Path, damaged, keep: int = 0) -> None:
+    """Fill with zeros, but for `keep` bytes, the packets of a video that `damaged(place in the file, packet)` names."""
+    with av.open(str(path)) as container:
+        places = [(p.pos, p.size) for i, p in enumerate(container.demux(video=0)) if p.size and damaged(i, p)]
+    data = bytearray(path.read_bytes())
+    for position, size in places:
+        data[position + keep : position + size] = bytes(size - keep)
+    path.write_bytes(data)
+
+
+def test_key_frames_need_no_other_frame(tmp_path, make_clip):
+    path = make_clip(tmp_path / "clip.mp4", count=50, gop=10)
+    whole = read_frames(path, 50).frames
+    _overwrite(path, lambda i, packet: not packet.is_keyframe)
+    clip = read_frames(path, 99, keyframes=True)
+    assert clip.indices.tolist() == [0, 10, 20, 30, 40] and np.array_equal(clip.frames, whole[::10])
+
+
+@pytest.mark.parametrize("keep", [0, 5])  # five bytes still say that a key frame follows
+def test_damaged_key_frames_are_passed_over(tmp_path, make_clip, keep):
+    path = make_clip(tmp_path / "clip.mp4", count=50, gop=10)
+    whole = read_frames(path, 50).frames
+    _overwrite(path, lambda i, packet: i == 20, keep)
+    assert (20 in decoding.scan(str(path)).keys) == (keep == 5)
+    assert read_frames(path, 1, keyframes=True).indices.tolist() == [30]  # the middle one of 0, 10, 30, 40
+    clip = read_frames(path, 5, keyframes=True)
+    assert clip.indices.tolist() == [0, 10, 30, 40] and np.array_equal(clip.frames, whole[[0, 10, 30, 40]])
+
+    _overwrite(path, lambda i, packet: packet.is_keyframe, keep)
+    with pytest.raises(MediaError, match="no decodable"):
+        read_frames(path, 5, keyframes=True)
+
+
+def test_a_key_frame_that_is_cut_short_is_not_used(tmp_path, make_clip):
+    path = make_clip(tmp_path / "clip.mp4", count=40, gop=10)
+    with av.open(str(path)) as container:
+        packet = list(container.demux(video=0))[30]
+        end = packet.pos + packet.size // 2
+    path.write_bytes(path.read_bytes()[:end])
+    assert read_frames(path, 9, keyframes=True).indices.tolist() == [0, 10, 20]
+
+
+def write_x264(path: Path, options: dict[str, str], count: int = 12, pix_fmt: str = "yuv420p") -> Path:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options=options)
+        stream.width, stream.height, stream.pix_fmt = 130, 98, pix_fmt
+        for picture in textured_frames(count, 98, 130):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def test_quantiser_tells_how_coarse_a_clip_is(tmp_path):
+    frames = textured_frames(12, 96, 128)
+    fine = read_frames(encode(tmp_path / "fine.mp4", frames, crf=10), 12, qp=True)
+    coarse = read_frames(encode(tmp_path / "coarse.mp4", frames, crf=35), 12, qp=True)
+    assert fine.qp.dtype == np.float32 and fine.qp.shape == coarse.qp.shape == (12,)
+    assert (coarse.qp - fine.qp).min() > 15 and abs((coarse.qp - fine.qp).mean() - 25) < 4
+    assert np.isnan(read_frames(tmp_path / "fine.mp4", 12).qp).all()
+    assert np.array_equal(fine.frames, read_frames(tmp_path / "fine.mp4", 12).frames)
+    keys = read_frames(tmp_path / "fine.mp4", 12, keyframes=True, qp=True)
+    assert np.array_equal(keys.qp, fine.qp[keys.indices])
+
+
+def test_quantiser_is_the_one_of_the_encoder(tmp_path):
+    path = write_x264(tmp_path / "p.mp4", {"qp": "20", "bf": "0", "g": "6", "x264-params": "scenecut=0"})
+    # x264 makes I-frames finer than P-frames by the factor 1.4 in step size; six steps of QP double it.
+    wanted = np.where(np.arange(12) % 6 == 0, round(20 - 6 * np.log2(1.4)), 20)
+    assert np.array_equal(read_frames(path, 12, qp=True).qp, wanted)
+    assert np.array_equal(read_frames(path, 12, keyframes=True, qp=True).qp, [17, 17])
+    even = {"qp": "31", "x264-params": "ipratio=1:pbratio=1"}
+    assert (read_frames(write_x264(tmp_path / "even.mp4", even), 12, qp=True).qp == 31).all()
+
+
+def test_quantiser_is_unknown_without_h264(tmp_path):
+    path = tmp_path / "mpeg4.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 128, 96, "yuv420p"
+        for picture in moving_frames(4):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    Image.fromarray(moving_frames(1)[0]).save(tmp_path / "still.png")
+    for name, count in (("mpeg4.mp4", 4), ("still.png", 1)):
+        clip = read_frames(tmp_path / name, 4, qp=True)
+        assert clip.qp.shape == (count,) and np.isnan(clip.qp).all()
+
+
+class _SideData(bytes):
+    type = Type.VIDEO_ENC_PARAMS
+
+
+def _exported(blocks=(3, -5, 8), count=None, offset=64, stride=20, kind=1, bits=8, keep=None) -> SimpleNamespace:
+    """A frame with FFmpeg's struct as on a 64-bit machine: base 25, and one difference for each block."""
+    head = struct.pack("<I4xQQii8i", len(blocks) if count is None else count, offset, stride, kind, 25, *[0] * 8)
+    body = b"".join(struct.pack("<5i", 0, 0, 16, 16, delta).ljust(stride, b"\xff") for delta in blocks)
+    component = SimpleNamespace(bits=bits)
+    side_data = [_SideData((head.ljust(offset, b"\xff") + body)[:keep])]
+    return SimpleNamespace(side_data=side_data, format=SimpleNamespace(components=[component]))
+
+
+@pytest.mark.skipif(struct.calcsize("P") != 8, reason="the struct of a 64-bit machine")
+def test_exported_quantisers_are_read_with_care():
+    assert decoding.mean_qp(_exported()) == 25 + 2
+    assert decoding.mean_qp(_exported(offset=72, stride=32)) == 27  # A later FFmpeg may add fields.
+    assert decoding.mean_qp(_exported(blocks=())) == 25
+    assert decoding.mean_qp(_exported(bits=10)) == 27 - 12
+    wrong = [{"keep": 0}, {"keep": 63}, {"keep": 123}, {"count": 4}, {"count": 2**32 - 1}, {"kind": 0}, {"kind": -1},
+             {"stride": 19, "blocks": ()}, {"blocks": (90, 90)}, {"blocks": (-60,)}]  # fmt: skip
+    assert all(np.isnan(decoding.mean_qp(_exported(**change))) for change in wrong)

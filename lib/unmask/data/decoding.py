@@ -6,7 +6,9 @@ Native decoders can hang or crash on damaged files, so nothing here is called in
 from __future__ import annotations
 
 import json
+import math
 import os
+import struct
 import sys
 import warnings
 from dataclasses import dataclass
@@ -15,26 +17,29 @@ from typing import BinaryIO
 import av
 import cv2
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from av.sidedata.sidedata import Type as SideDataType
+from PIL import UnidentifiedImageError
 
-PICTURES = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "AVIF")
+from unmask.data.frames import MediaError, fit, spread
+from unmask.data.pictures import read_picture
+
 # Playlists and other formats that name further files or addresses are refused.
 CONTAINERS = "mov,matroska,webm,avi,mpeg,mpegts,mpegvideo,asf,flv,ogg,mxf,h264,hevc,ivf,m4v,mjpeg,wav,mp3,aac,flac"
-
-
-class MediaError(RuntimeError):
-    """A picture or video cannot be read; `reason` is one short sentence that stays the same for the same cause."""
-
-    def __init__(self, reason: str):
-        super().__init__(reason)
-        self.reason = reason
+# FFmpeg's AVVideoEncParams (libavutil/video_enc_params.h): number, offset and size of the blocks, type, base
+# quantiser, eight offsets for colour planes. A block is its place and size, then its difference from the base.
+_ENC_PARAMS = struct.Struct("@INNii8i")
+_BLOCK = struct.Struct("@iiiii")
+_TYPE_H264 = 1
+SIZE_CHANGES = "frame size changes within the clip"
 
 
 @dataclass
 class Scan:
     """What the container says, without decoding more than one frame.
 
-    `pts` float[N] are seconds in display order; `intact` is False if packets are missing or cut short.
+    `width` and `height` are those of the displayed frame, `rotation` the quarter turns to it in degrees; `pts` float[N]
+    are seconds in display order; `intact` is False if packets are missing or cut short; `keys` maps the place of each
+    undamaged key frame's packet in the file to the place of the frame in display order.
     """
 
     width: int
@@ -44,12 +49,24 @@ class Scan:
     codec: str
     rotation: int
     intact: bool
+    keys: dict[int, int]
+
+    def size(self, upright: bool) -> tuple[int, int]:
+        """Width and height of the frames as displayed or as stored."""
+        turned = self.rotation not in (0, 180) and not upright
+        return (self.height, self.width) if turned else (self.width, self.height)
 
 
-def spread(total: int, count: int) -> np.ndarray:
-    """Indices int[min(count, total)] of frames spread evenly over `total`: the middles of `count` equal parts."""
-    count = min(count, total)
-    return ((np.arange(count) + 0.5) * total / max(count, 1)).astype(int)
+@dataclass(frozen=True)
+class View:
+    """How frames are wanted: as displayed or as stored, cut to a centre of `crop` pixels, with their quantisers."""
+
+    upright: bool = True
+    crop: int | None = None
+    qp: bool = False
+
+
+PLAIN = View()
 
 
 def _open(path: str):
@@ -59,13 +76,15 @@ def _open(path: str):
         raise MediaError("not a readable picture or video") from error
 
 
-def _video_stream(container):
+def _video_stream(container, qp: bool = False):
     stream = container.streams.best("video")
     if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
         raise MediaError("no video stream")
     if stream.codec_context is None:
         raise MediaError("no decoder for this video codec")
     stream.codec_context.thread_count = 1
+    if qp:
+        stream.codec_context.options = stream.codec_context.options | {"export_side_data": "venc_params"}
     return stream
 
 
@@ -102,126 +121,160 @@ def scan(path: str) -> Scan:
         stream = _video_stream(container)
         packets = list(_packets(container, stream))[:-1]
         intact = stream.frames in (0, len(packets)) and not any(p.is_corrupt for p in packets)
-        stamps = [p.pts for p in packets if not p.is_discard]
+        shown = [i for i, p in enumerate(packets) if not p.is_discard]
+        stamps = [packets[i].pts for i in shown]
         if any(stamp is None for stamp in stamps):
-            pts = np.arange(len(stamps)) / fps
+            pts, order = np.arange(len(stamps)) / fps, range(len(stamps))
         else:
-            pts = np.sort(np.array(stamps, np.float64)) * float(stream.time_base)
+            order = np.argsort(stamps, kind="stable")
+            pts = np.array(stamps, np.float64)[order] * float(stream.time_base)
+        places = {shown[j]: place for place, j in enumerate(order)}
+        keys = {i: places[i] for i in shown if packets[i].is_keyframe and not packets[i].is_corrupt}
     width, height = size if rotation in (0, 180) else size[::-1]
-    return Scan(width, height, fps, pts, codec, rotation, intact)
+    return Scan(width, height, fps, pts, codec, rotation, intact, keys)
 
 
-def shrink(frame: np.ndarray, max_side: int | None) -> np.ndarray:
-    """Downscale uint8[H,W,3] so that its long side is at most `max_side`; smaller frames stay as they are."""
-    height, width = frame.shape[:2]
-    if max_side is None or max(height, width) <= max_side:
-        return np.ascontiguousarray(frame)
-    scale = max_side / max(height, width)
-    size = (max(round(width * scale), 1), max(round(height * scale), 1))
-    return cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
+def mean_qp(frame: av.VideoFrame) -> float:
+    """Mean H.264 quantiser QP_Y (0 to 51 for 8 bits) over the macroblocks of a frame; NaN if it was not exported.
+
+    FFmpeg attaches it as side data when asked to; the bytes are checked, since their layout may change.
+    """
+    try:
+        data = next((bytes(item) for item in frame.side_data if item.type == SideDataType.VIDEO_ENC_PARAMS), b"")
+    except ValueError:  # PyAV refuses kinds that it does not know, such as EXIF.
+        return math.nan
+    if len(data) < _ENC_PARAMS.size:
+        return math.nan
+    count, offset, size, kind, base = _ENC_PARAMS.unpack_from(data)[:5]
+    if kind != _TYPE_H264 or size < _BLOCK.size or offset < _ENC_PARAMS.size or offset + count * size > len(data):
+        return math.nan
+    differences = np.ndarray(count, np.int32, data, offset + _BLOCK.size - 4, size) if count else np.zeros(1)
+    # FFmpeg counts from 0, the standard from -6 for each bit beyond 8, so that 51 is equally coarse at any depth.
+    beyond = 6 * (frame.format.components[0].bits - 8)
+    qp = base + float(differences.mean()) - beyond
+    return qp if -beyond <= qp <= 51 else math.nan
 
 
-def _with_decord(path: str, count: int, max_side: int | None, found: Scan):
+def _rgb(frame: av.VideoFrame, max_side: int | None, found: Scan, view: View) -> np.ndarray:
+    """The wanted pixels of a frame. Raises MediaError if a crop would not show that the frame size has changed."""
+    turns = found.rotation // 90 if view.upright else 0
+    picture = np.rot90(frame.to_ndarray(format="rgb24"), turns)
+    if view.crop is not None and picture.shape[1::-1] != found.size(view.upright):
+        raise MediaError(SIZE_CHANGES)
+    return fit(picture, max_side, view.crop)
+
+
+def _with_decord(path: str, count: int, max_side: int | None, found: Scan, view: View = PLAIN):
     """Frames by random access, or None where PyAV has to do it: no wheel, or a file that decord cannot read.
 
     decord may give wrong frames, or loop for ever, on a file that promises more frames than it has.
     """
-    if not found.intact:
+    hidden = found.codec == "mjpeg" and not view.upright  # Its mark may be in the pictures, where decord does not look.
+    if not found.intact or hidden:
         return None
     try:
         import decord
     except (ImportError, OSError):
         return None
     decord.logging.set_level(decord.logging.QUIET)
+    back = 0 if view.upright else -found.rotation // 90  # decord always applies the mark.
     try:
         reader = decord.VideoReader(path, num_threads=1)
         if len(reader) != len(found.pts):
             return None
         indices = spread(len(reader), count)
-        return [shrink(reader[int(i)].asnumpy(), max_side) for i in indices], indices, found.pts[indices]
+        frames = [fit(np.rot90(reader[int(i)].asnumpy(), back), max_side, view.crop) for i in indices]
+        return frames, indices, {"pts": found.pts[indices].tolist()}
     except (decord.DECORDError, RuntimeError, IndexError):
         return None
 
 
-def _with_pyav(path: str, count: int, max_side: int | None, found: Scan):
+def _with_pyav(path: str, count: int, max_side: int | None, found: Scan, view: View = PLAIN):
     """Decode in sequence. If fewer or more frames come than packets promised, spread again over what came."""
     total = len(found.pts)
     while True:
         wanted = set(spread(total, count).tolist())
-        frames, indices, pts, decoded = [], [], [], 0
+        frames, indices, pts, qps, decoded = [], [], [], [], 0
         with _open(path) as container:
-            stream = _video_stream(container)
+            stream = _video_stream(container, view.qp)
             for i, frame in enumerate(_frames(container, stream)):
                 decoded = i + 1
                 if i in wanted:
-                    picture = np.rot90(frame.to_ndarray(format="rgb24"), found.rotation // 90)
-                    frames.append(shrink(picture, max_side))
+                    frames.append(_rgb(frame, max_side, found, view))
                     indices.append(i)
                     pts.append(i / found.fps if frame.pts is None else float(frame.pts * stream.time_base))
+                    qps.append(mean_qp(frame) if view.qp else math.nan)
         if decoded == 0:
             raise MediaError("no decodable frame")
         if decoded == total:
-            return frames, np.array(indices), np.array(pts)
+            return frames, np.array(indices), {"pts": pts, "qp": qps}
         total = decoded
 
 
-def _to_rgb(picture: Image.Image) -> np.ndarray:
-    """Any Pillow mode to uint8[H,W,3]: 16 bits keep their high byte, transparency becomes black."""
-    if picture.mode.startswith("I"):
-        grey = np.clip(np.asarray(picture).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=2)
-    if picture.mode == "F":
-        raise MediaError("pictures of floating-point numbers are not supported")
-    if "A" in picture.getbands() or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, (0, 0, 0, 255)), picture)
-    return np.asarray(picture.convert("RGB"))
-
-
-def _picture(path: str, count: int, max_side: int | None) -> tuple[dict, list[np.ndarray]]:
-    """Still or animated picture through Pillow; EXIF rotation is applied. UnidentifiedImageError if it is neither."""
+def _alone(context: av.VideoCodecContext, packet: av.Packet) -> av.VideoFrame | None:
+    """The frame of one key frame's packet, whatever was decoded before; None if the decoder rejects it."""
     try:
-        with Image.open(path, formats=PICTURES) as file:
-            total = getattr(file, "n_frames", 1) if file.format in ("GIF", "WEBP", "AVIF", "PNG") else 1
-            indices, frames, pts, clock = spread(total, count), [], [], 0.0
-            for i in range(int(indices[-1]) + 1):
-                file.seek(i)
-                file.load()
-                if i in indices:
-                    full = _to_rgb(ImageOps.exif_transpose(file))
-                    frames.append(shrink(full, max_side))
-                    pts.append(clock)
-                clock += file.info.get("duration", 0) / 1000
-            codec = str(file.format).lower()
-    except UnidentifiedImageError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise MediaError("picture larger than 179 megapixels") from error
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
-        raise MediaError("damaged picture") from error
-    fps = (int(indices[-1]) + 1) / clock if clock else 0.0
-    facts = {"width": full.shape[1], "height": full.shape[0], "fps": fps, "total": total, "codec": codec}
-    return facts | {"indices": indices.tolist(), "pts": pts, "decoder": "pillow"}, frames
+        frames = [*context.decode(packet), *context.decode(None)]
+    except av.error.FFmpegError:
+        frames = []
+    context.flush_buffers()
+    return frames[0] if frames else None
 
 
-def read(path: str, count: int, max_side: int | None, decoders: list[str]) -> tuple[dict, list[np.ndarray]]:
+def _key_frames(path: str, count: int, max_side: int | None, found: Scan, view: View):
+    """Decode nothing but the wanted key frames. If some of them fail, spread again over the others."""
+    keys = sorted(found.keys)
+    while keys:
+        wanted = [keys[i] for i in spread(len(keys), count)]
+        frames, qps, failed = [], [], []
+        with _open(path) as container:
+            stream = _video_stream(container, view.qp)
+            for i, packet in enumerate(_packets(container, stream)):
+                if i not in wanted:
+                    continue
+                frame = _alone(stream.codec_context, packet)
+                if frame is None:
+                    failed.append(i)
+                else:
+                    frames.append(_rgb(frame, max_side, found, view))
+                    qps.append(mean_qp(frame) if view.qp else math.nan)
+        if not failed:
+            indices = np.array([found.keys[i] for i in wanted])
+            return frames, indices, {"pts": found.pts[indices].tolist(), "qp": qps}
+        keys = [i for i in keys if i not in failed]
+    raise MediaError("no decodable key frame")
+
+
+def read(
+    path: str,
+    count: int,
+    max_side: int | None,
+    decoders: list[str],
+    keyframes: bool = False,
+    **view: bool | int | None,
+) -> tuple[dict, list[np.ndarray]]:
     """Facts and up to `count` RGB frames of a picture or video by the first decoder that manages.
 
-    With a count of 0 only the facts are of use. Raises MediaError.
+    `view` has the fields of View. With a count of 0 only the facts are of use. Raises MediaError.
     """
+    view = View(**view)
     try:
-        return _picture(path, max(count, 1), max_side)
+        return read_picture(path, max(count, 1), max_side, view.upright, view.crop)
     except UnidentifiedImageError:
         found = scan(path)
-    facts = {"width": found.width, "height": found.height, "fps": found.fps, "codec": found.codec}
-    facts["total"] = len(found.pts)
+    width, height = found.size(view.upright)
+    facts = {"width": width, "height": height, "fps": found.fps, "codec": found.codec, "total": len(found.pts)}
     if count == 0:
         return facts | {"indices": [], "pts": [], "decoder": "none"}, []
-    name, result = "decord", _with_decord(path, count, max_side, found) if "decord" in decoders else None
+    name, result = "pyav", None
+    if keyframes:
+        result = _key_frames(path, count, max_side, found, view)
+    elif "decord" in decoders:
+        name, result = "decord", _with_decord(path, count, max_side, found, view)
     if result is None:
-        name, result = "pyav", _with_pyav(path, count, max_side, found)
-    frames, indices, pts = result
-    return facts | {"indices": indices.tolist(), "pts": pts.tolist(), "decoder": name}, frames
+        name, result = "pyav", _with_pyav(path, count, max_side, found, view)
+    frames, indices, more = result
+    return facts | {"indices": indices.tolist(), "decoder": name} | more, frames
 
 
 def answer(request: dict) -> tuple[dict, list[np.ndarray]]:
@@ -236,7 +289,7 @@ def answer(request: dict) -> tuple[dict, list[np.ndarray]]:
         return {"error": "permission denied"}, []
     same = [frame for frame in frames if frame.shape == frames[0].shape]
     if len(same) != len(frames):
-        return {"error": "frame size changes within the clip"}, []
+        return {"error": SIZE_CHANGES}, []
     return facts | {"shape": list(frames[0].shape) if frames else [0, 0, 3]}, frames
 
 

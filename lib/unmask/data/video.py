@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import math
 import os
 import signal
 import subprocess
@@ -25,7 +26,7 @@ import av
 import numpy as np
 
 from unmask.data import decoding
-from unmask.data.decoding import MediaError
+from unmask.data.frames import MediaError
 
 __all__ = ["Clip", "MediaError", "MediaInfo", "encode", "probe", "read_frames"]
 
@@ -35,8 +36,9 @@ class Clip:
     """Frames of one medium.
 
     `frames` uint8[T,H,W,3] RGB, `indices` int64[T] in display order, `pts` float64[T] seconds, `decoder`
-    decord|pyav|pillow, `fps` (0 for a still), `width` and `height` of the source as displayed, `scale` = frame pixels
-    per source pixel, `total` frames in the source as its container counts them.
+    decord|pyav|pillow, `fps` (0 for a still), `width` and `height` of the source as displayed (or stored, if read so),
+    `scale` = frame pixels per source pixel, `total` frames in the source as its container counts them, `qp` float32[T]
+    mean H.264 quantiser of each frame, NaN where unknown or not asked for.
     """
 
     frames: np.ndarray
@@ -48,6 +50,7 @@ class Clip:
     height: int
     scale: float
     total: int
+    qp: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -174,35 +177,54 @@ def _check_file(path: Path) -> None:
         raise MediaError("file cannot be opened") from error
 
 
-def _request(path: str | os.PathLike, count: int, deadline: float, max_side: int | None):
+def _request(path: str | os.PathLike, count: int, deadline: float, max_side: int | None = None, **view):
     """Ask for frames: decord first with half the time, then PyAV in what is left if decord hung or crashed."""
     path = Path(path).absolute()
     _check_file(path)
-    request = {"path": str(path), "count": count, "max_side": max_side, "decoders": ["decord", "pyav"]}
+    request = {"path": str(path), "count": count, "max_side": max_side} | view
     end = time.monotonic() + deadline
+    if not (view.get("keyframes") or view.get("qp")):  # decord can do neither.
+        try:
+            return _child().ask(request | {"decoders": ["decord", "pyav"]}, deadline / 2)
+        except (_Timeout, _Crash):
+            pass  # The other decoder may manage.
     try:
-        return _child().ask(request, deadline / 2)
-    except (_Timeout, _Crash):
-        request["decoders"] = ["pyav"]
-    try:
-        return _child().ask(request, end - time.monotonic())
+        return _child().ask(request | {"decoders": ["pyav"]}, end - time.monotonic())
     except _Timeout as error:
         raise MediaError(f"deadline of {deadline:g} s exceeded") from error
     except _Crash as error:
         raise MediaError(f"decoder crashed ({error})") from error
 
 
-def read_frames(path: str | os.PathLike, count: int, deadline: float = 30.0, max_side: int | None = None) -> Clip:
+def read_frames(
+    path: str | os.PathLike,
+    count: int,
+    deadline: float = 30.0,
+    max_side: int | None = None,
+    upright: bool = True,
+    crop: int | None = None,
+    keyframes: bool = False,
+    qp: bool = False,
+) -> Clip:
     """Read `count` frames spread evenly over a picture (T=1), animation or video; all of them if there are fewer.
 
     Frame i is the middle of the i-th of `count` equal parts of the clip. Rotation marks are applied, `pts` are the
     true time stamps, and of a damaged file the decodable frames are spread. `max_side` shrinks each frame as it is
     decoded, so that a large clip never needs all its pixels in memory. `deadline` is in seconds, for the whole call.
-    Raises MediaError with a short reason for any file that gives no frame; a ValueError if count < 1.
+
+    For sensor noise: `upright=False` gives frames as stored, whatever their rotation mark. `crop` cuts each frame as it
+    is decoded to its centre, at most `crop` pixels high and wide, from the even row and column that
+    `unmask.data.frames.crop_origin` tells. `keyframes` spreads over a video's key frames alone, and no others are
+    decoded. `qp` fills `Clip.qp`, for H.264 alone.
+
+    Raises MediaError with a short reason for any file that gives no frame; ValueError if count < 1, crop < 1, or for a
+    crop together with max_side.
     """
     if count < 1:
         raise ValueError("Ask for at least one frame.")
-    facts, frames = _request(path, count, deadline, max_side)
+    if crop is not None and (crop < 1 or max_side is not None):
+        raise ValueError("A crop has at least one pixel, and its frames are not shrunk: leave out max_side.")
+    facts, frames = _request(path, count, deadline, max_side, upright=upright, crop=crop, keyframes=keyframes, qp=qp)
     return Clip(
         frames=frames,
         indices=np.array(facts["indices"], np.int64),
@@ -211,14 +233,15 @@ def read_frames(path: str | os.PathLike, count: int, deadline: float = 30.0, max
         fps=facts["fps"],
         width=facts["width"],
         height=facts["height"],
-        scale=max(frames.shape[1:3]) / max(facts["width"], facts["height"]),
+        scale=1.0 if crop else max(frames.shape[1:3]) / max(facts["width"], facts["height"]),
         total=facts["total"],
+        qp=np.array(facts.get("qp", [math.nan] * len(frames)), np.float32),
     )
 
 
 def probe(path: str | os.PathLike, deadline: float = 10.0) -> MediaInfo:
     """Size, frame count, rate and codec of a medium, decoding at most one frame of a video. Raises MediaError."""
-    facts, _ = _request(path, 0, deadline, None)
+    facts, _ = _request(path, 0, deadline)
     return MediaInfo(facts["width"], facts["height"], facts["total"], facts["fps"], facts["codec"])
 
 
