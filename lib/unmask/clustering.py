@@ -65,11 +65,12 @@ def _tile(flat, masks, rows: slice, columns: slice, depth: int, device: str) -> 
     for k in range(0, flat.shape[1], depth):
         a = part(flat, rows, k)
         b = a if rows == columns else part(flat, columns, k)
-        product = product + a @ b.T
         if masks is not None:
             keep_a = part(masks, rows, k)
             keep_b = keep_a if rows == columns else part(masks, columns, k)
+            a, b = a * keep_a, b * keep_b
             own, other = own + a.square() @ keep_b.T, other + keep_a @ b.square().T
+        product = product + a @ b.T
     if masks is not None:
         size = (own * other).sqrt()
         product = torch.where(size > 0, product / size.clamp(min=1e-30), 0)
@@ -192,7 +193,7 @@ def refine(similarity: np.ndarray, labels: np.ndarray, noise: float, rounds: int
     Merge two clusters whose fingerprints agree as halves of one camera would; give every item to the cluster whose
     fingerprint (without the item) it fits best, if that is significant; leave the rest, and clusters of one, out.
     """
-    labels = np.unique(labels, return_inverse=True)[1]
+    similarity, labels = similarity.copy(), np.unique(labels, return_inverse=True)[1]
     for _ in range(rounds):
         before = labels
         labels = _attract(similarity, _merge(similarity, labels, noise), noise)

@@ -27,7 +27,8 @@ from unmask.data.video import MediaError, read_frames
 from unmask.profile import digest, source_hash, write_atomic
 from unmask.progress import track
 
-REGIONS = ("background", "face")
+REGIONS = ("background", "face", "lower")  # lower: the face below the base of the nose, which most forgeries redraw
+LOWER = slice(2, 15)  # of the 68 landmarks: the jaw from cheek to cheek
 THUMBNAIL = 16  # pixels a side of the picture that stands for the scene
 GROW = 1.35  # the background begins outside the face's hull enlarged by this factor about its centre
 # Weight of a frame by its H.264 quantiser: the share of the pattern that survives (after Altinisik et al., 2019).
@@ -77,12 +78,12 @@ def face_hulls(
 
 
 def region_masks(medium: Medium, indices: np.ndarray, origin: tuple[int, int], height: int, width: int) -> np.ndarray:
-    """Which pixels of each frame are background and which face, bool[T,2,height,width].
+    """Which pixels of each frame belong to which of REGIONS, bool[T,3,height,width].
 
     `indices` int[T] are the frames, `origin` (y, x) the corner of the crop. Between located frames the face moves in a
     straight line. Without a face all is background.
     """
-    masks = np.zeros((len(indices), 2, height, width), bool)
+    masks = np.zeros((len(indices), len(REGIONS), height, width), bool)
     masks[:, 0] = True
     if medium.hulls is None:
         return masks
@@ -94,11 +95,16 @@ def region_masks(medium: Medium, indices: np.ndarray, origin: tuple[int, int], h
         centre = hull.mean(0)
         wide = centre + GROW * (hull - centre)
         wide[:, 1] -= np.where(wide[:, 1] < centre[1], 0.35 * np.ptp(hull[:, 1]), 0)  # landmarks end at the brows
-        for region, outline in ((1, hull), (0, wide)):
-            plane = np.zeros((height, width), np.uint8)
-            cv2.fillConvexPoly(plane, np.round(cv2.convexHull(outline.astype(np.float32))).astype(np.int32), 1)
-            mask[region] = plane.astype(bool) if region else ~plane.astype(bool)
+        mask[0] = ~_filled(wide, height, width)
+        mask[1], mask[2] = _filled(points, height, width), _filled(points[LOWER], height, width)
     return masks
+
+
+def _filled(points: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The convex hull of points float[N,2], bool[height,width]."""
+    plane = np.zeros((height, width), np.uint8)
+    cv2.fillConvexPoly(plane, np.round(cv2.convexHull(points.astype(np.float32))).astype(np.int32), 1)
+    return plane.astype(bool)
 
 
 def frame_weights(qp: np.ndarray) -> np.ndarray:
@@ -203,7 +209,7 @@ def read_patterns(
     for i, item in enumerate(rows["item_id"]):
         parts = _read(out, item)
         patterns[i] = parts["pattern"][r]
-        valid[i] = np.unpackbits(parts["valid"], count=2 * height * width).reshape(2, height, width)[r]
+        valid[i] = np.unpackbits(parts["valid"], count=len(REGIONS) * height * width).reshape(-1, height, width)[r]
     return patterns, valid
 
 

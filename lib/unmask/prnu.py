@@ -22,6 +22,7 @@ DB4 = (
     0.23037781330885523, 0.7148465705525415, 0.6308807679295904, -0.02798376941698385,
     -0.18703481171888114, 0.030841381835986965, 0.032883011666982945, -0.010597401784997278,
 )  # fmt: skip
+RESOLVED = 1e-10  # variance; a sensor's pattern has 1e-6 and more, rounding of a flat picture 1e-12 and less
 BATCH_PIXELS = 2**20  # frames are denoised in batches of about this many pixels, which bounds the memory
 
 
@@ -100,7 +101,7 @@ def zero_mean(x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor
                 part -= rows + (columns - rows.mean(-2, keepdim=True))
                 continue
             keep = mask[..., dy::2, dx::2]
-            for axes in ((-2, -1), (-1,), (-2,)):
+            for axes in ((-2, -1), *((-1,), (-2,)) * 5):  # beside a hole, rows and columns are not independent
                 total = torch.where(keep, part, 0).sum(axes, keepdim=True)
                 part -= total / keep.sum(axes, keepdim=True).clamp(min=1)
                 part *= keep
@@ -134,6 +135,7 @@ def _cleaned(x: torch.Tensor, mask: torch.Tensor | None = None, reference: bool 
     x = zero_mean(x, mask)
     pixels = x.shape[-2] * x.shape[-1] if mask is None else mask.sum((-2, -1), keepdim=True)
     noise = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).square() / (pixels - 1)
+    x *= noise > RESOLVED  # less is rounding, which all flat pictures share
     x = _whitened(x, noise.unsqueeze(1).nan_to_num(0).clamp(min=1e-30), reference)
     return x if mask is None else x * mask
 
@@ -217,6 +219,11 @@ class Accumulator:
             raise ValueError(
                 f"Frames of {images.shape[1:3]} do not fit a fingerprint of {tuple(self.weight.shape[1:])}."
             )
+        count, (regions, height, width) = len(images), self.weight.shape
+        if masks is not None and np.shape(masks) not in ((count, height, width), (count, regions, height, width)):
+            raise ValueError(f"Masks of {np.shape(masks)} do not fit {count} frames.")
+        if weights is not None and np.shape(weights) != (count,):
+            raise ValueError(f"There are {count} frames, but weights of {np.shape(weights)}.")
         for part in _batches(len(images), images.shape[1] * images.shape[2]):
             frames = torch.from_numpy(np.ascontiguousarray(images[part])).to(self.device)
             rest, light = _denoised_rest(_luma(frames), self.sigma), _light(frames)
