@@ -315,7 +315,8 @@ def main() -> None:
         f"Wall time, {THREADS} threads, {os.cpu_count()} cores, CPU {processor()}{gpu}; Python "
         f"{platform.python_version()}, PyTorch {torch.__version__}, NumPy {np.__version__}, SciPy {scipy.__version__}, "
         f"PyWavelets {version('PyWavelets')}; load average at the end {os.getloadavg()[0]:.1f} (with more than "
-        f"{THREADS} the cores were shared, and what runs in {THREADS} threads is not to be judged). `python benchmarks/camera_clustering.py{' --quick' * arguments.quick}`."
+        f"{THREADS} the cores were shared, and what runs in {THREADS} threads is not to be judged). "
+        f"`python benchmarks/camera_clustering.py{' --quick' * arguments.quick}`."
     )
     section = "\n".join([HEADING, "", what, *("\n" + "\n".join(part) for part in parts)]) + "\n"
     print(section)
