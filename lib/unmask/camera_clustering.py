@@ -21,13 +21,19 @@ from unmask.data.tree import IMAGE_SUFFIXES, VIDEO_SUFFIXES, kind_of
 from unmask.data.video import encode, read_frames
 from unmask.fingerprints import Settings, best_device, extract, face_hulls, media_of, read_patterns, read_scenes
 from unmask.prnu import fingerprint, ncc, noise_residual, pce
-from unmask.profile import write_atomic
+from unmask.profile import Profile, write_atomic
 from unmask.progress import track
 
 __all__ = [
     "METHODS", "cluster", "cluster_files", "cluster_rows", "controls", "fingerprint", "judge", "ncc", "noise_residual",
-    "pairs", "pce", "quality", "similarities", "take",
+    "pairs", "pce", "quality", "settings_of", "similarities", "take",
 ]  # fmt: skip
+
+
+def settings_of(profile: Profile, changes: Mapping[str, int | None] | None = None) -> Settings:
+    """The profile's `cameras` keys that decide about fingerprints, with changes where they are not None."""
+    keys = {key: value for key, value in profile.cameras.items() if key != "method"}
+    return Settings(**keys | {key: value for key, value in (changes or {}).items() if value is not None})
 
 
 def take(

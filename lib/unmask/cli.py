@@ -1,4 +1,4 @@
-"""The command line: `unmask doctor | world | index | preprocess | train | score | evaluate`."""
+"""The command line: `unmask COMMAND`; `unmask --help` lists the commands."""
 
 import argparse
 import sys
@@ -58,6 +58,24 @@ def preprocess(options: argparse.Namespace) -> int:
     print(f"{len(items)} items, {failed} failed, {int(items['faces'].sum())} crops in {options.out}")
     if failed:
         print(failures(items).to_string(index=False))
+    return 0
+
+
+def cluster(options: argparse.Namespace) -> int:
+    from unmask.camera_clustering import cluster_files, settings_of
+
+    profile = _profile(options)
+    settings = settings_of(profile, {"frames": options.frames, "crop": options.crop})
+    method = options.method or profile.cameras.method
+    rows = cluster_files(
+        options.media, options.out, settings, options.crops, method, options.workers or profile.workers
+    )
+    known = rows.loc[rows["cluster"] >= 0, "cluster"]
+    failed = int((rows["status"] == "failed").sum())
+    print(
+        f"{len(rows)} media: {known.nunique()} cameras, {len(rows) - len(known) - failed} unattributed, {failed} failed"
+    )
+    print(f"{options.out}; why and how: {options.out.removesuffix('.csv')}.json")
     return 0
 
 
@@ -143,6 +161,16 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--locator", choices=["annotations", "yunet", "uniface", "haar"])
     sub.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="do every N-th item from the I-th on")
     sub.add_argument("--workers", type=_positive, help="processes")
+    sub = command(
+        cluster, "Group pictures and videos by the camera that took them; how many cameras need not be known."
+    )
+    sub.add_argument("media", metavar="MANIFEST_OR_FOLDER")
+    sub.add_argument("--out", required=True, metavar="CLUSTERS.csv", help="path,cluster; -1 is unattributed")
+    sub.add_argument("--crop", type=_positive, help="pixels of the frame's centre (default: the profile's)")
+    sub.add_argument("--frames", type=_positive, help="frames per video (default: the profile's)")
+    sub.add_argument("--method", choices=["linkage", "spectral", "consensus"])
+    sub.add_argument("--crops", metavar="DIR", help="the folder that `unmask preprocess` filled, to leave faces out")
+    sub.add_argument("--workers", type=_positive, help="processes")
     sub = command(train, "Train a detector on real faces and their self-blends.")
     sub.add_argument("detector", choices=["convnext"])
     sub.add_argument("--manifest", required=True)
@@ -170,7 +198,7 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     for module, name in {
         "unmask.data.manifest": "ManifestError", "unmask.data.faces": "LocatorError", "unmask.data.crops": "CropError",
         "unmask.training": "TrainingError", "unmask.detectors.base": "CheckpointError",
-        "unmask.evaluation": "ScoreError",
+        "unmask.evaluation": "ScoreError", "unmask.fingerprints": "FingerprintError",
     }.items():  # fmt: skip
         if module in sys.modules:  # an error can only come from a module that was imported
             errors.append(getattr(sys.modules[module], name))

@@ -40,7 +40,10 @@ class Embedding(Detector):
         else:
             self.body = timm.create_model(backbone, pretrained=pretrained, num_classes=0)
         width = self._width()
-        self.projector = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, projection))
+        # Frames of faces start so alike that without the normalisation all vectors collapse to one (as in SimCLR v2).
+        self.projector = nn.Sequential(
+            nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, projection)
+        )
         self.head = nn.Linear(width, 1)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
