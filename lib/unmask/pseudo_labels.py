@@ -42,8 +42,8 @@ def face_agreement(
     """How well the face of each video fits the camera of its cluster: a row per video with the columns of AGREEMENT.
 
     background, face: fingerprints float[N,H,W] of the two regions, valid: bool[N,H,W]; clusters int[N]; recording
-    int[N] (`recordings`). The camera's fingerprint is the mean over the cluster's other recordings, faces included, for faces
-    are often where no background ever is. NaN without a face, or with no other recording in the cluster.
+    int[N] (`recordings`). The camera's fingerprint is the mean over the cluster's other recordings, faces included, for
+    faces are often where no background ever is. NaN without a face, or with no other recording in the cluster.
     """
     count = len(background)
     bg, bg_keep, fc, fc_keep = (x.reshape(count, -1) for x in (background, background_valid, face, face_valid))
