@@ -175,8 +175,13 @@ def own_source() -> str:
     return source_hash(sbi, hulls, base, convnext, embedding, views, training, learning, sys.modules[__name__])
 
 
+def starting_network(config: dict, init: str, seed: int) -> embedding.Embedding:
+    """The network before it has learned anything here; arguments as in `learn`."""
+    with own_randomness(seed):
+        return _start(config, init_folder(init)).eval()
+
+
 def _start(config: dict, folder: Path | None) -> embedding.Embedding:
-    """The network as training finds it."""
     try:
         detector = embedding.Embedding(**config)
     except (ValueError, RuntimeError) as error:

@@ -83,7 +83,7 @@ def best_locator() -> str:
     return "yunet"
 
 
-def _manifest(paths: list[Path], links: Path) -> pd.DataFrame:
+def placeholder_manifest(paths: list[Path], links: Path) -> pd.DataFrame:
     """A manifest for media nobody labelled; label, method and split are only placeholders that nothing reads.
 
     Each medium is listed as a numbered link in `links`: a manifest cannot hold names that are not UTF-8, disks can.
@@ -101,7 +101,7 @@ def _manifest(paths: list[Path], links: Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"label": "int8"})
 
 
-def _printable(path: Path) -> str:
+def printable(path: Path) -> str:
     """The path as text that can be stored, whatever bytes its name has."""
     return str(path).encode("utf-8", "backslashreplace").decode()
 
@@ -130,12 +130,12 @@ def score_media(
     paths = list(expand(media))
     with tempfile.TemporaryDirectory() as folder:
         manifest, crops = Path(folder) / "manifest.parquet", Path(folder) / "crops"
-        df = _manifest(paths, Path(folder) / "media")
+        df = placeholder_manifest(paths, Path(folder) / "media")
         write_manifest(df, manifest)
         chosen = locator or best_locator()
         items = preprocess(manifest, crops, locator=chosen, workers=workers, deadline=deadline, **card["preprocessing"])
         scores = score_crops(detector, CropStore(crops), read_index(crops))
-    table = df[["item_id"]].assign(path=[_printable(p) for p in paths]).merge(items, on="item_id", how="left")
+    table = df[["item_id"]].assign(path=[printable(p) for p in paths]).merge(items, on="item_id", how="left")
     table = table.merge(scores.loc[scores["frame"] == -1, ["item_id", "score"]], on="item_id", how="left")
     report = table[["path", "status", "score", "reason", "frames", "faces", "decoder"]]
     write_atomic(out, report.to_csv(index=False, float_format="%.6f"))

@@ -1,0 +1,56 @@
+"""Stage 4 of unsupervised detection: is this one video authentic? Judged alone, by what stages 2 and 3 left behind."""
+
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from unmask import contrastive, unsupervised
+from unmask.data.crops import CropStore, read_index
+from unmask.data.manifest import write_manifest
+from unmask.detectors import base
+from unmask.preprocessing import preprocess
+from unmask.profile import Profile, write_atomic
+from unmask.scoring import best_locator, expand, placeholder_manifest, printable
+
+VERDICTS = ("authentic", "manipulated")
+
+
+def authenticate(
+    media: Iterable[str | os.PathLike],
+    model: str | os.PathLike,
+    out: str | os.PathLike,
+    profile: Profile,
+    seed: int,
+    locator: str | None = None,
+    workers: int = 1,
+) -> pd.DataFrame:
+    """Judge files and folders by the stages in the folder `model`; one row per input, failures too, in their order.
+
+    Writes `out` (CSV): path, status, verdict, score = P(fake), its parts (centroid, classifier, measured), the
+    inter-frame steps, and the reason of a failure. Every video is judged by itself: the same file gets the same score
+    in any company. Raises CheckpointError for the model and LocatorError for the locator.
+    """
+    judge = unsupervised.Judge.load(model, seed)
+    card = base.read_checkpoint(unsupervised.stage_folder(model, 3, seed))[1]
+    start = contrastive.starting_network(unsupervised.network(profile), profile.unsupervised.init, profile.seed)
+    paths = list(expand(media))
+    with tempfile.TemporaryDirectory() as folder:
+        manifest, crops = Path(folder) / "manifest.parquet", Path(folder) / "crops"
+        df = placeholder_manifest(paths, Path(folder) / "media")
+        write_manifest(df, manifest)
+        items = preprocess(manifest, crops, locator=locator or best_locator(), workers=workers, **card["preprocessing"])
+        store, index = CropStore(crops), read_index(crops)
+        index = index.sort_values(["item_id", "frame"], ignore_index=True)
+        features = unsupervised.measure_crops(index, store, start, workers).set_index("item_id")
+        found = judge(store, index, features) if len(index) else pd.DataFrame()
+    table = df[["item_id"]].assign(path=[printable(p) for p in paths]).merge(items, on="item_id", how="left")
+    table = table.join(found, on="item_id") if len(found) else table.assign(final=np.nan)
+    verdict = np.where(table["final"] >= judge.threshold, VERDICTS[1], VERDICTS[0])
+    table = table.assign(verdict=np.where(table["final"].isna(), "", verdict)).rename(columns={"final": "score"})
+    shown = ["path", "status", "verdict", "score", *(c for c in found.columns if c != "final"), "reason"]
+    write_atomic(out, table[shown].to_csv(index=False, float_format="%.6f"))
+    return table[shown]
