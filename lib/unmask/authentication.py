@@ -9,9 +9,13 @@ import numpy as np
 import pandas as pd
 
 from unmask import contrastive, unsupervised
+from unmask.camera_clustering import settings_of
+from unmask.camera_evidence import CameraEvidence
+from unmask.clustering import UNATTRIBUTED
 from unmask.data.crops import CropStore, read_index
 from unmask.data.manifest import write_manifest
 from unmask.detectors import base
+from unmask.fingerprints import extract, face_hulls, media_of
 from unmask.preprocessing import preprocess
 from unmask.profile import Profile, write_atomic
 from unmask.scoring import best_locator, expand, placeholder_manifest, printable
@@ -30,9 +34,10 @@ def authenticate(
 ) -> pd.DataFrame:
     """Judge files and folders by the stages in the folder `model`; one row per input, failures too, in their order.
 
-    Writes `out` (CSV): path, status, verdict, score = P(fake), its parts (centroid, classifier, measured), the
-    inter-frame steps, and the reason of a failure. Every video is judged by itself: the same file gets the same score
-    in any company. Raises CheckpointError for the model and LocatorError for the locator.
+    Writes `out` (CSV): path, status, verdict, score = P(fake), its parts (`unmask.unsupervised.Judge.VARIANTS`), the
+    inter-frame steps, the number of the training camera that filmed it (-1 = none of them), and the reason of a
+    failure. Every video is judged by itself: the same file gets the same score in any company.
+    Raises CheckpointError for the model and LocatorError for the locator.
     """
     judge = unsupervised.Judge.load(model, seed)
     card = base.read_checkpoint(unsupervised.stage_folder(model, 3, seed))[1]
@@ -46,11 +51,21 @@ def authenticate(
         store, index = CropStore(crops), read_index(crops)
         index = index.sort_values(["item_id", "frame"], ignore_index=True)
         features = unsupervised.measure_crops(index, store, start, workers).set_index("item_id")
-        found = judge(store, index, features) if len(index) else pd.DataFrame()
+        evidence = _cameras(df, paths, crops, model, profile, workers)
+        found = judge(store, index, features, evidence["logit"]) if len(index) else pd.DataFrame()
     table = df[["item_id"]].assign(path=[printable(p) for p in paths]).merge(items, on="item_id", how="left")
     table = table.join(found, on="item_id") if len(found) else table.assign(final=np.nan)
+    table["filmed_by"] = table["item_id"].map(evidence["camera"]).fillna(UNATTRIBUTED).astype(int)
     verdict = np.where(table["final"] >= judge.threshold, VERDICTS[1], VERDICTS[0])
     table = table.assign(verdict=np.where(table["final"].isna(), "", verdict)).rename(columns={"final": "score"})
-    shown = ["path", "status", "verdict", "score", *(c for c in found.columns if c != "final"), "reason"]
+    shown = ["path", "status", "verdict", "score", *(c for c in found.columns if c != "final"), "filmed_by", "reason"]
     write_atomic(out, table[shown].to_csv(index=False, float_format="%.6f"))
     return table[shown]
+
+
+def _cameras(df: pd.DataFrame, paths: list[Path], crops: Path, model, profile: Profile, workers: int) -> pd.DataFrame:
+    """What the training videos' cameras say of each medium (`CameraEvidence.table`)."""
+    made = CropStore(crops).settings()
+    media = media_of(df, paths, face_hulls(read_index(crops), made["size"], made["align"]))
+    folder = crops.parent / "fingerprints"
+    return CameraEvidence.load(model).table(folder, extract(media, folder, settings_of(profile), workers))

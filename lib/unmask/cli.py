@@ -79,6 +79,24 @@ def cluster(options: argparse.Namespace) -> int:
     return 0
 
 
+def unsupervised(options: argparse.Namespace) -> int:
+    from unmask.authentication import authenticate
+    from unmask.unsupervised import run_stage
+
+    profile = _profile(options)
+    needed = {1: ["manifest", "crops"], 2: ["crops"], 3: ["crops"], 4: ["media", "scores"]}[options.stage]
+    missing = [f"--{name}" for name in needed if not getattr(options, name)]
+    if missing:
+        raise ProfileError(f"Stage {options.stage} needs {' and '.join(missing)}.")
+    if options.stage < 4:
+        print(run_stage(options.stage, profile, options.out, options.crops, options.manifest, options.seed))
+        return 0
+    workers = options.workers or profile.workers
+    table = authenticate(options.media, options.out, options.scores, profile, options.seed, options.locator, workers)
+    print(table.to_string(index=False))
+    return 0
+
+
 def train(options: argparse.Namespace) -> int:
     from unmask.training import train_detector
 
@@ -170,6 +188,19 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--frames", type=_positive, help="frames per video (default: the profile's)")
     sub.add_argument("--method", choices=["linkage", "spectral", "consensus"])
     sub.add_argument("--crops", metavar="DIR", help="the folder that `unmask preprocess` filled, to leave faces out")
+    sub.add_argument("--workers", type=_positive, help="processes")
+    sub = command(unsupervised, "Detection without labels, stage by stage; the stages share the folder --out.")
+    sub.add_argument(
+        "--stage", type=int, required=True, choices=[1, 2, 3, 4],
+        help="1 pseudo-labels, 2 contrastive learning, 3 classifier, 4 judge media",
+    )  # fmt: skip
+    sub.add_argument("--out", required=True, metavar="DIR", help="where the stages leave what the next one needs")
+    sub.add_argument("--manifest", help="stage 1: the media, whose labels are not read")
+    sub.add_argument("--crops", metavar="DIR", help="stages 1 to 3: the folder that `unmask preprocess` filled")
+    sub.add_argument("--media", nargs="+", metavar="MEDIA", help="stage 4: files or folders")
+    sub.add_argument("--scores", metavar="VERDICTS.csv", help="stage 4: the table to write")
+    sub.add_argument("--locator", choices=["yunet", "uniface", "haar"], help="stage 4")
+    sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--workers", type=_positive, help="processes")
     sub = command(train, "Train a detector on real faces and their self-blends.")
     sub.add_argument("detector", choices=["convnext"])

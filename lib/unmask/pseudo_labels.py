@@ -58,15 +58,16 @@ def face_agreement(
                 continue
             camera = total - whole[own].sum(0, dtype=np.float64)
             for i in members[own]:
-                f, f_count = _ncc(fc[i], camera, fc_keep[i])
-                b, b_count = _ncc(bg[i], camera, bg_keep[i])
+                f, f_count = masked_ncc(fc[i], camera, fc_keep[i])
+                b, b_count = masked_ncc(bg[i], camera, bg_keep[i])
                 if f_count:
                     zf, zb = f * np.sqrt(f_count), b * np.sqrt(b_count)
                     table.loc[i] = {"face_ncc": f, "face_z": zf, "delta": zf - zb, "delta_ncc": f - b}
     return table
 
 
-def _ncc(pattern: np.ndarray, camera: np.ndarray, keep: np.ndarray) -> tuple[float, int]:
+def masked_ncc(pattern: np.ndarray, camera: np.ndarray, keep: np.ndarray) -> tuple[float, int]:
+    """Correlation of two patterns over the pixels of `keep` where the camera is known, and the number of those."""
     keep = keep & (camera != 0)
     x, y = pattern[keep].astype(np.float64), camera[keep]
     size = np.sqrt((x @ x) * (y @ y))
@@ -83,19 +84,34 @@ def standardise(features: pd.DataFrame, clusters: np.ndarray) -> pd.DataFrame:
     groups = np.where((clusters == UNATTRIBUTED) | (sizes.to_numpy() < FEWEST), UNATTRIBUTED, clusters)
 
     def robust(column: pd.Series) -> pd.Series:
-        centred = column - column.median()
-        spread = 1.4826 * centred.abs().median()
-        return (centred / spread).clip(-CLIP, CLIP) if spread > 0 else 0 * centred
+        median, spread = robust_scale(column)
+        return ((column - median) / spread).clip(-CLIP, CLIP)
 
     return features.groupby(groups).transform(robust).fillna(0.0)
 
 
+def robust_scale(column: pd.Series) -> tuple[float, float]:
+    """Median, and spread as the median absolute deviation in standard deviations; (0, 1) where there is none."""
+    median = column.median()
+    spread = 1.4826 * (column - median).abs().median()
+    return (float(median), float(spread)) if spread > 0 else (float(np.nan_to_num(median)), 1.0)
+
+
 def two_halves(values: np.ndarray, seed: int) -> np.ndarray:
     """P(upper half) float[N] of values float[N] under two Gaussians of one width, so that it rises with the value."""
+    slope, intercept = two_halves_model(values, seed)
+    return expit(slope * values + intercept)
+
+
+def two_halves_model(values: np.ndarray, seed: int) -> tuple[float, float]:
+    """Slope and intercept of the log odds of the upper half (`two_halves`); (0, 0) where there is nothing to split."""
     if len(values) < 4 or np.ptp(values) == 0:
-        return np.full(len(values), 0.5)
+        return 0.0, 0.0
     mixture = GaussianMixture(2, covariance_type="tied", n_init=5, random_state=seed).fit(values[:, None])
-    return mixture.predict_proba(values[:, None])[:, int(np.argmax(mixture.means_))]
+    low, high = np.argsort(mixture.means_[:, 0])
+    variance, means, weights = float(mixture.covariances_[0, 0]), mixture.means_[:, 0], mixture.weights_
+    slope = (means[high] - means[low]) / variance
+    return float(slope), float(np.log(weights[high] / weights[low]) - slope * (means[high] + means[low]) / 2)
 
 
 def second_view(traces: np.ndarray, fake: np.ndarray, groups: Sequence, seed: int, folds: int = 5) -> np.ndarray:

@@ -19,7 +19,10 @@ import pandas as pd
 import torch
 
 from unmask import classifier, contrastive, traces
+from unmask.camera_clustering import cluster_rows, recording_rows, settings_of, similarities, take
+from unmask.camera_evidence import CameraEvidence
 from unmask.data.crops import CropStore, read_index
+from unmask.data.manifest import read_manifest
 from unmask.detectors import base
 from unmask.evaluation import balanced_threshold
 from unmask.fingerprints import read_patterns
@@ -123,15 +126,15 @@ def label_collection(features: pd.DataFrame, seed: int, shuffled: bool = False) 
 
 
 def surest(labels: pd.DataFrame, share: float) -> pd.DataFrame:
-    """The videos to learn from: of each camera and split the `share` that is surest, half reals and half fakes.
+    """The videos to learn from: in each split, camera and label the `share` of which the physical cue is surest.
 
-    A video on whose label the two views disagree is never sure. Columns item_id, split, label, confidence.
+    A video on whose label the two views disagree is left out. Columns item_id, split, label, confidence.
     """
-    groups = labels.groupby(["split", "cluster"])["p_fake"]
-    rank = (groups.rank(method="first") - 0.5) / groups.transform("size")
-    side = (rank > 0.5).astype(int)
-    sure = (np.abs(2 * rank - 1) >= 1 - share) & labels["agree"] & (side == labels["label"])
-    return labels.loc[sure, ["item_id", "split", "label", "confidence"]].reset_index(drop=True)
+    both = labels[labels["agree"]]
+    # By the cue, for the traces' odds rank the crudest kind of forgery before all others.
+    certainty = (both["cue"] - 0.5).abs()
+    rank = certainty.groupby([both[key] for key in ("split", "cluster", "label")]).rank(pct=True, method="first")
+    return both.loc[rank > 1 - share, ["item_id", "split", "label", "confidence"]].reset_index(drop=True)
 
 
 def write_table(df: pd.DataFrame, path: Path) -> None:
@@ -151,9 +154,47 @@ def label(
     detector = contrastive.starting_network(network(profile), profile.unsupervised.init, profile.seed)
     features = measure(rows, fingerprints, crops, detector, profile.workers)
     write_table(features, Path(out) / FEATURES_FILE)
+    kept = rows["item_id"].isin(set(features.loc[features["split"] != "test", "item_id"]))
+    cue = rows["item_id"].map(features.set_index("item_id")[CUE])
+    CameraEvidence.fit(fingerprints, rows[kept], cue[kept], profile.seed).save(out)
     labels = label_collection(features, profile.seed)
     write_table(labels, Path(out) / LABELS_FILE)
     return labels
+
+
+def run_stage(
+    stage: int, profile: Profile, out: str | os.PathLike, crops: str | os.PathLike, manifest: str | os.PathLike | None,
+    seed: int,
+) -> str:  # fmt: skip
+    """Stage 1, 2 or 3 on files, for the command line; returns a sentence on what it left.
+
+    Stage 1 clusters the cameras first, if `out`/cameras does not hold them yet. Raises CheckpointError where the stage
+    before is missing.
+    """
+    if stage == 1:
+        listed = read_manifest(manifest)
+        rows = camera_rows(profile, listed, Path(manifest), crops, Path(out) / "cameras")
+        labels = label(profile, listed, rows, Path(out) / "cameras" / "fingerprints", crops, out)
+        return f"{len(labels)} videos, {int(labels['label'].sum())} taken for fakes: {Path(out) / LABELS_FILE}"
+    needs = Path(out) / LABELS_FILE if stage == 2 else stage_folder(out, 2, seed) / base.CONFIG
+    if not needs.is_file():
+        raise base.CheckpointError(f"There is no {needs}; run stage {stage - 1} first.")
+    return f"Checkpoint: {(represent if stage == 2 else classify)(profile, crops, out, seed)}"
+
+
+def camera_rows(
+    profile: Profile, manifest: pd.DataFrame, path: Path, crops: str | os.PathLike, out: Path
+) -> pd.DataFrame:
+    """The media of a manifest with their cameras, as chapter 02 leaves them in `out`; made there if need be."""
+    kept = out / "clusters.parquet"
+    if kept.is_file():
+        return pd.read_parquet(kept)
+    rows = take(manifest, path, out / "fingerprints", settings_of(profile), crops, profile.workers)
+    matrices = similarities(out / "fingerprints", rows)
+    cameras = cluster_rows(matrices, len(rows), profile.cameras.method, profile.seed)
+    rows = rows.assign(cluster=cameras, recording=recording_rows(matrices, len(rows)))
+    write_table(rows, kept)
+    return rows
 
 
 def _splits(out: Path, seed: int, share: float, control: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -208,18 +249,20 @@ def classify(
     features = pd.read_parquet(out / FEATURES_FILE)
     train = features.merge(sure[["item_id", "label"]], on="item_id")
     TraceModel.fit(train[list(TRACES)], train["label"].to_numpy(), TRACES).save(folder / TRACES_FILE)
-    _keep_threshold(profile, crops, out, val, seed, control)
+    _keep_threshold(crops, out, val, seed, control)
     return folder
 
 
-def _keep_threshold(profile, crops, out: Path, val: pd.DataFrame, seed: int, control: bool) -> None:
+def _keep_threshold(crops, out: Path, val: pd.DataFrame, seed: int, control: bool) -> None:
     """Leave the P(fake) from which a video is called fake: best balanced agreement with the validation's labels."""
     judge = Judge.load(out, seed, control)
     index = read_index(crops)
     index = index[index["item_id"].isin(set(val["item_id"]))].sort_values(["item_id", "frame"], ignore_index=True)
     found = float("nan")
     if val["label"].nunique() == 2 and len(index):
-        scores = judge(CropStore(crops), index, pd.read_parquet(out / FEATURES_FILE).set_index("item_id"))["final"]
+        features = pd.read_parquet(out / FEATURES_FILE).set_index("item_id")
+        camera = CameraEvidence.load(out).logits(features.loc[index["item_id"].unique()])
+        scores = judge(CropStore(crops), index, features, camera)["final"]
         found = balanced_threshold(val.set_index("item_id")["label"].loc[scores.index], scores)
     kept = {"threshold": 0.5 if np.isnan(found) else found, "orientation": ORIENTATION}
     write_json(stage_folder(out, 3, seed, control) / THRESHOLD_FILE, kept)
@@ -246,26 +289,41 @@ def learn(
             pass
 
 
-def score(crops: str | os.PathLike, out: str | os.PathLike, items: pd.Series, seeds: list[int]) -> pd.DataFrame:
+def score(
+    crops: str | os.PathLike, fingerprints: str | os.PathLike, clusters: pd.DataFrame, out: str | os.PathLike,
+    items: pd.Series, seeds: list[int],
+) -> pd.DataFrame:  # fmt: skip
     """Scores of videos by every stage, in the contract of score tables (frame -1), detector "unsupervised".
 
     variants: cue, traces, pseudo (stage 1, each collection by itself), centroid (stage 2, nearer to which centre),
-    classifier and measured (stage 3, network and traces), final (their mean in log odds), and final-control.
+    classifier and measured (stage 3, network and traces), no-camera (their mean in log odds), camera (the camera's word
+    on the face, by fingerprints of the training videos), final (the mean of all three), and final-control.
     """
     out, store, index = Path(out), CropStore(crops), read_index(crops)
     index = index[index["item_id"].isin(set(items))].sort_values(["item_id", "frame"], ignore_index=True)
     features = pd.read_parquet(out / FEATURES_FILE).set_index("item_id")
     labels = pd.read_parquet(out / LABELS_FILE).set_index("item_id")
+    evidence = CameraEvidence.load(out).table(fingerprints, clusters[clusters["item_id"].isin(set(index["item_id"]))])
     rows = []
     for seed in seeds:
         for name, column in (("cue", "cue"), ("traces", "traces"), ("pseudo", "p_fake")):
             rows.append(_score_rows(labels.loc[labels.index.isin(set(items)), column], name, seed, ""))
         for control in (False, True):
             judge = Judge.load(out, seed, control)
-            found = judge(store, index, features)
-            for name in ("final",) if control else ("centroid", "classifier", "measured", "final"):
+            # The control's videos exchange what was measured of them, as its training videos did.
+            told = exchanged(evidence, seed) if control else evidence
+            found = judge(store, index, features, told["logit"])
+            for name in ("final", "no-camera") if control else Judge.VARIANTS:
                 rows.append(_score_rows(found[name], name + ("-control" if control else ""), seed, judge.identity))
     return pd.concat(rows, ignore_index=True).astype({"frame": "int32", "seed": "int32"})
+
+
+def exchanged(evidence: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """The table with rows exchanged among the videos of each camera."""
+    rng, moved = np.random.default_rng([seed, 0x5F]), evidence.copy()
+    for own in evidence.groupby("camera").indices.values():
+        moved.iloc[own] = evidence.iloc[rng.permutation(own)].to_numpy()
+    return moved
 
 
 def _score_rows(values: pd.Series, variant: str, seed: int, checkpoint: str) -> pd.DataFrame:
@@ -291,10 +349,15 @@ class Judge:
         limit = json.loads(kept.read_text(encoding="utf-8"))["threshold"] if kept.exists() else float("nan")
         return cls(contrast, np.asarray(card["centroids"]), last, model, limit, last_card["sha256"][:12])
 
-    def __call__(self, store: CropStore, index: pd.DataFrame, features: pd.DataFrame) -> pd.DataFrame:
-        """P(fake) per item (index) by centroid, classifier, measured and final, and its inter-frame steps.
+    VARIANTS = ("centroid", "classifier", "measured", "no-camera", "camera", "final")
 
-        index: crop rows; features: TRACES by item_id (their steps are those of the untrained network).
+    def __call__(
+        self, store: CropStore, index: pd.DataFrame, features: pd.DataFrame, camera: pd.Series
+    ) -> pd.DataFrame:
+        """P(fake) per item (index) by each of VARIANTS, and its inter-frame steps.
+
+        index: crop rows; features: TRACES by item_id (their steps are those of the untrained network); camera: log odds
+        by item_id (`CameraEvidence.table`), 0 or missing where no camera is known, which then has no part in the mean.
         """
         items = index["item_id"].to_numpy()
         unit = embeddings(self.contrast, store, index, "projection").astype(np.float64)
@@ -303,7 +366,10 @@ class Judge:
         logits = pd.Series(_logits(self.network, store, index)).groupby(items).mean()
         measured = pd.Series(self.model.logits(features.loc[logits.index, list(TRACES)]), index=logits.index)
         table = pd.DataFrame({"centroid": nearer, "classifier": logits, "measured": measured})
-        table["final"] = (table["classifier"] + table["measured"]) / 2
+        table["no-camera"] = (table["classifier"] + table["measured"]) / 2
+        table["camera"] = camera.reindex(table.index).fillna(0.0)
+        told = (table["camera"] != 0).astype(int)
+        table["final"] = (table["classifier"] + table["measured"] + table["camera"]) / (2 + told)
         table = 1 / (1 + np.exp(-table.clip(-30, 30)))
         return table.join(step_table(items, unit).set_index("item_id"))
 
