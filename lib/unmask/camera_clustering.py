@@ -6,27 +6,39 @@ No label is read here: media go in, clusters come out. What the cameras really w
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.cluster.hierarchy import fcluster, linkage
 from sklearn.metrics import roc_auc_score
 
 from unmask import prnu
-from unmask.clustering import METHODS, UNATTRIBUTED, by_linkage, cluster, scores, similarity
+from unmask.clustering import METHODS, UNATTRIBUTED, by_linkage, chance, cluster, scores, similarity
 from unmask.data.crops import CropStore, read_index
 from unmask.data.manifest import COLUMNS, ManifestError, item_id, media_path, read_manifest
 from unmask.data.tree import IMAGE_SUFFIXES, VIDEO_SUFFIXES, kind_of
-from unmask.data.video import encode, read_frames
-from unmask.fingerprints import Settings, best_device, extract, face_hulls, media_of, read_patterns, read_scenes
-from unmask.prnu import fingerprint, ncc, noise_residual, pce
+from unmask.data.video import MediaError, encode, read_frames
+from unmask.fingerprints import (
+    FingerprintError,
+    Settings,
+    best_device,
+    extract,
+    face_hulls,
+    media_of,
+    read_patterns,
+    read_scenes,
+)
+from unmask.prnu import correlation_peak, fingerprint, ncc, noise_residual, pce
 from unmask.profile import Profile, write_atomic
 from unmask.progress import track
+from unmask.pseudo_labels import recordings
 
 __all__ = [
-    "METHODS", "cluster", "cluster_files", "cluster_rows", "controls", "fingerprint", "judge", "ncc", "noise_residual",
-    "pairs", "pce", "quality", "settings_of", "similarities", "take",
+    "METHODS", "chance", "cluster", "cluster_files", "cluster_rows", "controls", "fingerprint", "first_readable",
+    "judge", "matching", "ncc", "noise_residual", "pairs", "pce", "quality", "recording_rows",
+    "scenes_with_known_count", "separation", "settings_of", "similarities", "take",
 ]  # fmt: skip
 
 
@@ -77,9 +89,19 @@ def cluster_rows(
 
     Cameras of different buckets have different numbers: nothing compares frames of different sizes.
     """
+    return _numbered(count, ((where, cluster(matrix, method, seed=seed)) for where, matrix in matrices.values()))
+
+
+def recording_rows(matrices: Mapping[str, tuple[np.ndarray, np.ndarray]], count: int) -> np.ndarray:
+    """Recording of each of `count` media, int[count]: versions of one video, such as a forgery and its original, share
+    a number. -1 = failed. Media of different buckets have different numbers."""
+    return _numbered(count, ((where, recordings(matrix)) for where, matrix in matrices.values()))
+
+
+def _numbered(count: int, parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """One labelling int[count] from parts (positions, labels), of which no two share a number; -1 elsewhere."""
     labels = np.full(count, UNATTRIBUTED)
-    for where, matrix in matrices.values():
-        own = cluster(matrix, method, seed=seed)
+    for where, own in parts:
         labels[where] = np.where(own >= 0, own + labels.max(initial=-1) + 1, UNATTRIBUTED)
     return labels
 
@@ -91,22 +113,38 @@ def controls(out: str | os.PathLike, rows: pd.DataFrame, method: str, seed: int)
     picture's content nearly does. scene: thumbnails of the mean frame instead of fingerprints. random: noise.
     """
     rng = np.random.default_rng(seed)
-    labels = {name: np.full(len(rows), UNATTRIBUTED) for name in ("shifted", "scene", "random")}
+    parts = {name: [] for name in ("shifted", "scene", "random")}
     for _, part in _buckets(rows):
         patterns, valid = read_patterns(out, part)
         for i, (dy, dx) in enumerate(rng.integers(-16, 17, (len(part), 2))):
             patterns[i], valid[i] = np.roll(patterns[i], (dy, dx), (0, 1)), np.roll(valid[i], (dy, dx), (0, 1))
-        scenes = read_scenes(out, part).reshape(len(part), -1)
+        scenes = _correlation(read_scenes(out, part).reshape(len(part), -1))
         found = {
             "shifted": cluster(similarity(patterns, valid, device=best_device()), method, seed=seed),
             # Thumbnails are all alike to some degree, so the silhouette alone decides and nothing is left out.
-            "scene": by_linkage(_correlation(scenes), 0.0, seed) if len(part) > 2 else np.zeros(len(part), int),
+            "scene": by_linkage(scenes, 0.0, seed) if len(part) > 2 else np.zeros(len(part), int),
             "random": cluster(_correlation(rng.standard_normal((len(part), 4096))), method, seed=seed),
         }
         for name, own in found.items():
-            start = labels[name].max(initial=-1) + 1
-            labels[name][part.index] = np.where(own >= 0, own + start, UNATTRIBUTED)
-    return labels
+            parts[name].append((part.index.to_numpy(), own))
+    return {name: _numbered(len(rows), found) for name, found in parts.items()}
+
+
+def scenes_with_known_count(out: str | os.PathLike, rows: pd.DataFrame, cameras: Sequence[str]) -> np.ndarray:
+    """Labels int[N] by thumbnails as in `controls`, cut into as many clusters as there are true `cameras` (str[N]).
+
+    Only for judging: it knows what nobody knows, so that scenes do not lose by a wrong number of clusters.
+    """
+    cameras, parts = np.asarray(cameras, object), []
+    for _, part in _buckets(rows):
+        where = part.index.to_numpy()
+        own = np.zeros(len(part), int)
+        if len(part) > 1:
+            distance = np.clip(1 - _correlation(read_scenes(out, part).reshape(len(part), -1)), 0, None)
+            tree = linkage(distance[np.triu_indices(len(part), 1)], "average")
+            own = fcluster(tree, len(set(cameras[where])), "maxclust")
+        parts.append((where, own))
+    return _numbered(len(rows), parts)
 
 
 def _correlation(vectors: np.ndarray) -> np.ndarray:
@@ -124,12 +162,48 @@ def judge(cameras: Sequence[str], results: Mapping[str, np.ndarray]) -> pd.DataF
     return pd.DataFrame([{"method": name, **scores(truth, labels[known])} for name, labels in results.items()])
 
 
+def matching(
+    patterns: np.ndarray, valid: np.ndarray, names: Sequence[str], shifts: Sequence[tuple[int, int]], noise: float
+) -> pd.DataFrame:
+    """The first of N fingerprints float[N,H,W] (valid bool[N,H,W]) against the others, `names` str[N-1], each moved by
+    `shifts` (dy, dx): columns pair, shift, ncc, deviations (of chance, `noise`), pce, false_alarm."""
+    rows = []
+    for name, pattern, keep in zip(names, patterns[1:], valid[1:], strict=True):
+        for shift in shifts:
+            moved, both = np.roll(pattern, shift, (0, 1)), valid[0] & np.roll(keep, shift, (0, 1))
+            agreement, peak = ncc(patterns[0], moved, both), correlation_peak(patterns[0], moved)
+            rows.append({"pair": name, "shift": f"{shift[0]}, {shift[1]}", "ncc": agreement,
+                         "deviations": agreement / max(noise, 1e-12), "pce": peak.pce,
+                         "false_alarm": peak.false_alarm})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def first_readable(paths: Sequence[str | os.PathLike], settings: Settings) -> tuple[int, np.ndarray]:
+    """The first medium that gives a fingerprint: its position in `paths` and its frames uint8[T,H,W,3] as stored.
+
+    Raises FingerprintError if there is none.
+    """
+    for i, path in enumerate(paths):
+        try:
+            clip = read_frames(path, settings.frames, settings.deadline, upright=False, crop=settings.crop or None)
+        except MediaError:
+            continue
+        if min(clip.frames.shape[1:3]) >= prnu.MIN_SIDE:
+            return i, clip.frames
+    raise FingerprintError(f"None of the {len(paths)} media can be read and has {prnu.MIN_SIDE} pixels on each side.")
+
+
 def pairs(matrix: np.ndarray, cameras: Sequence[str], recordings: Sequence[str]) -> pd.DataFrame:
     """All pairs of different recordings: columns ncc and same (of one camera)."""
     camera, recording = (np.unique(np.asarray(x).astype(str), return_inverse=True)[1] for x in (cameras, recordings))
     i, j = np.triu_indices(len(matrix), 1)
     other = recording[i] != recording[j]
     return pd.DataFrame({"ncc": matrix[i, j][other], "same": (camera[i] == camera[j])[other]})
+
+
+def separation(pairs: pd.DataFrame) -> float:
+    """AUC of pairs of one camera against pairs of different ones (see `pairs`); NaN if one kind is missing."""
+    return float(roc_auc_score(pairs["same"], pairs["ncc"])) if pairs["same"].nunique() == 2 else np.nan
 
 
 def quality(
@@ -161,8 +235,9 @@ def quality(
         for count in counts:
             matrix = similarity(np.stack([patterns[crf, count, k] for k in range(len(paths))]))
             both = pairs(matrix, cameras, range(len(paths)))
-            auc = roc_auc_score(both["same"], both["ncc"]) if both["same"].nunique() == 2 else np.nan
-            table.append({"crf": crf, "frames": count, "auc": auc, "ncc": both.loc[both["same"], "ncc"].mean()})
+            table.append(
+                {"crf": crf, "frames": count, "auc": separation(both), "ncc": both.loc[both["same"], "ncc"].mean()}
+            )
     return pd.DataFrame(table)
 
 

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,8 +23,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from unmask import prnu
-from unmask.data import frames as frame_reading
-from unmask.data.video import MediaError, read_frames
+from unmask.data.frames import as_stored, crop_origin
+from unmask.data.video import Clip, MediaError, read_frames
 from unmask.profile import digest, source_hash, write_atomic
 from unmask.progress import track
 
@@ -34,6 +35,7 @@ GROW = 1.35  # the background begins outside the face's hull enlarged by this fa
 # Weight of a frame by its H.264 quantiser: the share of the pattern that survives (after Altinisik et al., 2019).
 QP_WEIGHTS = ((1, 1.64), (11, 1.41), (16, 1.0), (20, 0.46), (23, 0.32), (26, 0.23), (28, 0.18), (32, 0.14), (33, 0.1),
               (42, 0.1), (51, 0.0))  # fmt: skip
+SOURCE = source_hash(prnu, sys.modules[__name__])
 COLUMNS = ("item_id", "path", "status", "reason", "bucket", "frames", "height", "width", "face", "seconds")
 
 
@@ -51,7 +53,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Medium:
-    """One medium: its path, and where its face is, `hulls` float32[T,K,2] in source pixels of frames int[T]."""
+    """One medium: its path, and where its face is, `hulls` float32[T,K,2] in pixels of the displayed frames int[T]."""
 
     item_id: str
     path: str
@@ -62,9 +64,10 @@ class Medium:
 def face_hulls(
     index: pd.DataFrame, crop_size: int, align: bool = False
 ) -> dict[str, tuple[tuple[int, ...], np.ndarray]]:
-    """Landmarks of a crop index in source pixels: item_id -> (frames, float32[T,68,2]); empty for aligned crops.
+    """Landmarks of a crop index in displayed source pixels: item_id -> (frames, float32[T,68,2]).
 
-    `crop_size` is the side of a crop in pixels. Inverts the map of `unmask.preprocessing.crop_face`.
+    `crop_size` is the side of a crop in pixels. Empty for aligned crops, which have been turned. Inverts the map of
+    `unmask.preprocessing.crop_face`.
     """
     found = {}
     if align:
@@ -77,34 +80,33 @@ def face_hulls(
     return found
 
 
-def region_masks(medium: Medium, indices: np.ndarray, origin: tuple[int, int], height: int, width: int) -> np.ndarray:
-    """Which pixels of each frame belong to which of REGIONS, bool[T,3,height,width].
+def region_masks(medium: Medium, clip: Clip, origin: tuple[int, int] = (0, 0)) -> np.ndarray:
+    """Which pixels of each frame of `clip` belong to which of REGIONS, bool[T,3,H,W].
 
-    `indices` int[T] are the frames, `origin` (y, x) the corner of the crop. Between located frames the face moves in a
-    straight line. Without a face all is background.
+    The frames are as stored, `origin` (y, x) is the corner of their crop; faces are where they are when displayed.
+    Between located frames the face moves in a straight line. Without a face all is background.
     """
-    masks = np.zeros((len(indices), len(REGIONS), height, width), bool)
+    count, height, width = clip.frames.shape[:3]
+    masks = np.zeros((count, len(REGIONS), height, width), bool)
     masks[:, 0] = True
     if medium.hulls is None:
         return masks
     flat = medium.hulls.reshape(len(medium.hulls), -1)
-    between = np.stack([np.interp(indices, medium.frames, column) for column in flat.T], 1)
-    for mask, points in zip(masks, between.reshape(len(indices), -1, 2), strict=True):
-        points = points - (origin[1], origin[0])
+    between = np.stack([np.interp(clip.indices, medium.frames, column) for column in flat.T], 1)
+
+    def filled(points: np.ndarray) -> np.ndarray:
+        stored = as_stored(points, clip.orientation, clip.height, clip.width) - (origin[1], origin[0])
+        plane = np.zeros((height, width), np.uint8)
+        cv2.fillConvexPoly(plane, np.round(cv2.convexHull(stored.astype(np.float32))).astype(np.int32), 1)
+        return plane.astype(bool)
+
+    for mask, points in zip(masks, between.reshape(count, -1, 2), strict=True):
         hull = cv2.convexHull(points.astype(np.float32))[:, 0]
         centre = hull.mean(0)
         wide = centre + GROW * (hull - centre)
         wide[:, 1] -= np.where(wide[:, 1] < centre[1], 0.35 * np.ptp(hull[:, 1]), 0)  # landmarks end at the brows
-        mask[0] = ~_filled(wide, height, width)
-        mask[1], mask[2] = _filled(points, height, width), _filled(points[LOWER], height, width)
+        mask[0], mask[1], mask[2] = ~filled(wide), filled(points), filled(points[LOWER])
     return masks
-
-
-def _filled(points: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The convex hull of points float[N,2], bool[height,width]."""
-    plane = np.zeros((height, width), np.uint8)
-    cv2.fillConvexPoly(plane, np.round(cv2.convexHull(points.astype(np.float32))).astype(np.int32), 1)
-    return plane.astype(bool)
 
 
 def frame_weights(qp: np.ndarray) -> np.ndarray:
@@ -125,10 +127,10 @@ def process(medium: Medium, target: Path, settings: Settings) -> dict:
             upright=False, crop=settings.crop or None, keyframes=settings.keyframes, qp=settings.qp_weighting,
         )  # fmt: skip
         height, width = clip.frames.shape[1:3]
-        origin = frame_reading.crop_origin(clip.height, clip.width, settings.crop) if settings.crop else (0, 0)
+        origin = crop_origin(clip.height, clip.width, settings.crop) if settings.crop else (0, 0)
         total = prnu.Accumulator(height, width, len(REGIONS), settings.sigma, best_device())
-        masks = region_masks(medium, clip.indices, origin, height, width)
-        total.add(clip.frames, masks, frame_weights(clip.qp) if settings.qp_weighting else None)
+        weights = frame_weights(clip.qp) if settings.qp_weighting else None
+        total.add(clip.frames, region_masks(medium, clip, origin), weights)
         patterns, valid = total.fingerprints(), total.valid
         scene = cv2.resize(clip.frames.mean(0, dtype=np.float32), (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA)
         parts = {"pattern": patterns.astype(np.float16), "valid": np.packbits(valid), "scene": scene.astype(np.float16)}
@@ -153,7 +155,11 @@ def _stamp(medium: Medium, settings: Settings) -> str:
     except OSError:
         size = []
     face = "" if medium.hulls is None else hashlib.sha256(np.ascontiguousarray(medium.hulls).tobytes()).hexdigest()
-    return digest([medium.path, size, list(medium.frames), face, asdict(settings), source_hash(prnu)])
+    return digest([medium.path, size, list(medium.frames), face, asdict(settings), SOURCE])
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _keep(medium: Medium, out: Path, settings: Settings, stamp: str) -> dict:
@@ -161,10 +167,12 @@ def _keep(medium: Medium, out: Path, settings: Settings, stamp: str) -> dict:
     note, target = out / f"{medium.item_id}.json", out / f"{medium.item_id}.safetensors"
     if note.exists():
         kept = json.loads(note.read_text(encoding="utf-8"))
-        if kept["stamp"] == stamp and (target.exists() or kept["row"]["status"] == "failed"):
+        if kept["stamp"] == stamp and kept["bytes"] == _size(target):
             return kept["row"]
+    target.unlink(missing_ok=True)
     row = process(medium, target, settings)
-    write_atomic(note, json.dumps({"stamp": stamp, "row": row}))  # last: a note means that the fingerprint is whole
+    # Last: a note means that the fingerprint is whole.
+    write_atomic(note, json.dumps({"stamp": stamp, "bytes": _size(target), "row": row}))
     return row
 
 

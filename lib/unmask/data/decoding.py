@@ -264,6 +264,7 @@ def read(
         found = scan(path)
     width, height = found.size(view.upright)
     facts = {"width": width, "height": height, "fps": found.fps, "codec": found.codec, "total": len(found.pts)}
+    facts["orientation"] = (1, 8, 3, 6)[found.rotation // 90]  # by quarter turns, as np.rot90 counts them
     if count == 0:
         return facts | {"indices": [], "pts": [], "decoder": "none"}, []
     name, result = "pyav", None

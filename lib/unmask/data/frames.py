@@ -25,6 +25,21 @@ def crop_origin(height: int, width: int, crop: int) -> tuple[int, int]:
     return max(height - crop, 0) // 4 * 2, max(width - crop, 0) // 4 * 2
 
 
+def as_stored(points: np.ndarray, orientation: int, height: int, width: int) -> np.ndarray:
+    """Points float[...,2] (x, y) of a displayed picture, in pixels of the picture as stored.
+
+    `orientation` is the EXIF mark (EXIF 2.3, table 6), height and width are those of the stored picture.
+    """
+    x, y = points[..., 0], points[..., 1]
+    if orientation >= 5:  # the display has turned on its side
+        x, y = y, x
+    if orientation in (2, 3, 7, 8):
+        x = width - 1 - x
+    if orientation in (3, 4, 6, 7):
+        y = height - 1 - y
+    return np.stack([x, y], -1)
+
+
 def fit(frame: np.ndarray, max_side: int | None = None, crop: int | None = None) -> np.ndarray:
     """Downscale uint8[H,W,3] to a long side of at most `max_side`, or cut it to its centre; contiguous.
 

@@ -58,6 +58,7 @@ def read_picture(
     try:
         with Image.open(path, formats=FORMATS) as file:
             total = getattr(file, "n_frames", 1) if file.format in _ANIMATED else 1
+            orientation = file.getexif().get(Base.Orientation, 1)
             indices, frames, pts, clock = spread(total, count), [], [], 0.0
             for i in range(int(indices[-1]) + 1):
                 file.seek(i)
@@ -77,4 +78,5 @@ def read_picture(
         raise MediaError("damaged picture") from error
     fps = (int(indices[-1]) + 1) / clock if clock else 0.0
     facts = {"width": full.shape[1], "height": full.shape[0], "fps": fps, "total": total, "codec": codec}
+    facts["orientation"] = orientation if orientation in _UNDO else 1
     return facts | {"indices": indices.tolist(), "pts": pts, "decoder": "pillow"}, frames

@@ -38,7 +38,8 @@ class Clip:
     `frames` uint8[T,H,W,3] RGB, `indices` int64[T] in display order, `pts` float64[T] seconds, `decoder`
     decord|pyav|pillow, `fps` (0 for a still), `width` and `height` of the source as displayed (or stored, if read so),
     `scale` = frame pixels per source pixel, `total` frames in the source as its container counts them, `qp` float32[T]
-    mean H.264 quantiser of each frame, NaN where unknown or not asked for.
+    mean H.264 quantiser of each frame, NaN where unknown or not asked for, `orientation` the file's mark, 1 to 8
+    as in EXIF, whether it was applied or not (`unmask.data.frames.as_stored` undoes it).
     """
 
     frames: np.ndarray
@@ -51,6 +52,7 @@ class Clip:
     scale: float
     total: int
     qp: np.ndarray
+    orientation: int
 
 
 @dataclass(frozen=True)
@@ -236,6 +238,7 @@ def read_frames(
         scale=1.0 if crop else max(frames.shape[1:3]) / max(facts["width"], facts["height"]),
         total=facts["total"],
         qp=np.array(facts.get("qp", [math.nan] * len(frames)), np.float32),
+        orientation=facts["orientation"],
     )
 
 
