@@ -42,10 +42,10 @@ def similarity(
             block = _tile(flat, masks, slice(i, i + tile), slice(j, j + tile), depth, device)
             out[i : i + tile, j : j + tile] = block
             out[j : j + tile, i : i + tile] = block.T
-    return out if masks is not None else _normalised(out)
+    return out if masks is not None else normalised(out)
 
 
-def _normalised(products: np.ndarray) -> np.ndarray:
+def normalised(products: np.ndarray) -> np.ndarray:
     """Inner products to correlations, in place; a fingerprint of zeros correlates with nothing."""
     length = np.sqrt(products.diagonal())
     scale = np.divide(1, length, out=np.zeros_like(length), where=length > 0)
@@ -199,14 +199,14 @@ def refine(similarity: np.ndarray, labels: np.ndarray, noise: float, rounds: int
         labels = _attract(similarity, _merge(similarity, labels, noise), noise)
         if np.array_equal(before, labels):
             break
-    return _ranked(labels)
+    return ranked(labels)
 
 
 def _one_hot(labels: np.ndarray) -> np.ndarray:
     return (labels[:, None] == np.arange(labels.max(initial=-1) + 1)).astype(np.float32)
 
 
-def _ranked(labels: np.ndarray) -> np.ndarray:
+def ranked(labels: np.ndarray) -> np.ndarray:
     """Clusters numbered by size, then by first member; clusters of one are unattributed."""
     sizes = np.bincount(labels[labels >= 0], minlength=labels.max(initial=-1) + 1)
     first = [int(np.argmax(labels == k)) for k in range(len(sizes))]
@@ -230,33 +230,52 @@ def _sums(similarity: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def _merge(similarity: np.ndarray, labels: np.ndarray, noise: float) -> np.ndarray:
-    """Merge the two most alike clusters as long as they pass for one camera; unattributed items stay out."""
-    labels = labels.copy()
+    """Labels after merging the clusters that pass for one camera; unattributed items stay out."""
     total, size, inside, pairs = _sums(similarity, labels)
-    alive = size > 0
-    while alive.sum() > 1:
-        mean = total / np.maximum(np.outer(size, size), 1)
-        known = pairs > 0
-        own = np.where(known, inside / np.maximum(pairs, 1), total.diagonal() / np.maximum(size * (size - 1), 1))
-        own = np.clip(own, 0, None)
-        length = np.sqrt(np.maximum(size + size * (size - 1) * own, 1))
-        z = total / np.maximum(np.outer(length, length), 1) / max(noise, 1e-12)
-        need = np.where(np.logical_and.outer(known, known), MERGE, MERGE_UNKNOWN) * np.sqrt(np.outer(own, own))
-        may = (z > SIGNIFICANT) & (mean > need) & np.logical_and.outer(alive, alive)
-        np.fill_diagonal(may, False)
-        if not may.any():
-            break
-        a, b = np.unravel_index(np.argmax(np.where(may, mean, -np.inf)), may.shape)
-        labels[labels == b] = a
-        # Pairs between the two that are one recording tell nothing of the camera.
-        cross = total[a, b], size[a] * size[b]
-        if cross[0] / cross[1] <= SAME_RECORDING:
-            inside[a], pairs[a] = inside[a] + inside[b] + 2 * cross[0], pairs[a] + pairs[b] + 2 * cross[1]
-        total[a, :] += total[b, :]
+    into, _, _ = merged(total + np.diag(size), size, inside, pairs, noise)
+    return np.append(into, UNATTRIBUTED)[labels]
+
+
+def merged(
+    total: np.ndarray, size: np.ndarray, inside: np.ndarray, pairs: np.ndarray, noise: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which clusters pass for one camera: the cluster int[K] into which each goes, and the new `inside` and `pairs`.
+
+    total: float64[K,K], inner products of the sums of unit fingerprints; size: their numbers [K]; inside, pairs: sum
+    and number [K] of known correlations inside a cluster between distinct recordings, counted both ways; noise:
+    standard deviation of chance. Of the pairs that differ from chance and agree as halves of one camera would, the most
+    alike goes first.
+    """
+    total, size, inside, pairs = (np.array(x, np.float64) for x in (total, size, inside, pairs))
+    into, alive = np.arange(len(size)), size > 0
+
+    def agreement(k: np.ndarray) -> np.ndarray:
+        everything = (total[k, k] - size[k]) / np.maximum(size[k] * (size[k] - 1), 1)
+        return np.clip(np.where(pairs[k] > 0, inside[k] / np.maximum(pairs[k], 1), everything), 0, None)
+
+    def appeal(k: np.ndarray) -> np.ndarray:
+        """Mean correlation of clusters k with each cluster, -inf where they may not merge."""
+        mean = total[k] / np.maximum(np.outer(size[k], size), 1)
+        z = total[k] / np.sqrt(np.maximum(np.outer(total[k, k], total.diagonal()), 1)) / max(noise, 1e-12)
+        share = np.where(np.logical_and.outer(pairs[k] > 0, pairs > 0), MERGE, MERGE_UNKNOWN)
+        need = share * np.sqrt(np.outer(agreement(k), agreement(np.arange(len(size)))))
+        may = (z > SIGNIFICANT) & (mean > need) & np.logical_and.outer(alive[k], alive)
+        may[np.arange(len(k)), k] = False
+        return np.where(may, mean, -np.inf)
+
+    scores = appeal(np.arange(len(size)))
+    while len(scores) and scores.max() > -np.inf:
+        a, b = np.unravel_index(np.argmax(scores), scores.shape)
+        cross, number = total[a, b], size[a] * size[b]
+        if cross / number <= SAME_RECORDING:  # otherwise the two are one recording, which tells nothing of the camera
+            inside[a], pairs[a] = inside[a] + inside[b] + 2 * cross, pairs[a] + pairs[b] + 2 * number
+        into[into == b] = a
+        total[a] += total[b]
         total[:, a] += total[:, b]
-        total[b, :] = total[:, b] = 0
-        size[a], size[b], alive[b] = size[a] + size[b], 0, False
-    return labels
+        size[a], alive[b] = size[a] + size[b], False
+        scores[b] = scores[:, b] = -np.inf
+        scores[a] = scores[:, a] = appeal(np.array([a]))[0]
+    return into, inside, pairs
 
 
 def _attract(similarity: np.ndarray, labels: np.ndarray, noise: float) -> np.ndarray:

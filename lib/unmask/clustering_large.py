@@ -15,7 +15,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.stats import norm
 
 from unmask import clustering
-from unmask.clustering import MERGE, MERGE_UNKNOWN, SAME_RECORDING, SIGNIFICANT, UNATTRIBUTED
+from unmask.clustering import SAME_RECORDING, SIGNIFICANT, UNATTRIBUTED, merged
 
 BAND_VALUES = 2**25  # values of fingerprints that are read at a time
 TILE = 2048
@@ -59,7 +59,7 @@ def cluster_large(
     for part in _split(_linked(cameras, left, compressed, rng), chunk):
         cameras.discover(cameras.attract(part))
     cameras.attract(np.arange(len(flat)))
-    return clustering._ranked(cameras.labels)
+    return clustering.ranked(cameras.labels)
 
 
 def _split(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
@@ -79,7 +79,7 @@ def _similarity(flat: np.ndarray, rows: np.ndarray, device: str) -> np.ndarray:
     for k in range(0, flat.shape[1], depth):
         part = torch.from_numpy(np.ascontiguousarray(flat[rows, k : k + depth])).to(device, torch.float32)
         total += part @ part.T
-    return clustering._normalised(total.cpu().numpy())
+    return clustering.normalised(total.cpu().numpy())
 
 
 def sketch(x: torch.Tensor, signs: torch.Tensor, d: int) -> torch.Tensor:
@@ -152,48 +152,6 @@ class _Cameras:
         self.size = np.bincount(into, self.size, len(kept))
         self.inside, self.pairs = self.inside[kept], self.pairs[kept]
         self.labels = np.append(into, UNATTRIBUTED)[self.labels]
-
-
-def merged(
-    total: np.ndarray, size: np.ndarray, inside: np.ndarray, pairs: np.ndarray, noise: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Which clusters pass for one camera: the cluster int[K] into which each goes, and the new `inside` and `pairs`.
-
-    total: float64[K,K], inner products of the sums of unit fingerprints; size: their numbers [K]; inside, pairs: sum
-    and number [K] of known correlations inside a cluster between distinct recordings, counted both ways; noise:
-    standard deviation of chance. Of the pairs that differ from chance and agree as halves of one camera would, the most
-    alike goes first.
-    """
-    total, size, inside, pairs = (np.array(x, np.float64) for x in (total, size, inside, pairs))
-    into, alive = np.arange(len(size)), size > 0
-
-    def agreement(k: np.ndarray) -> np.ndarray:
-        everything = (total[k, k] - size[k]) / np.maximum(size[k] * (size[k] - 1), 1)
-        return np.clip(np.where(pairs[k] > 0, inside[k] / np.maximum(pairs[k], 1), everything), 0, None)
-
-    def appeal(k: np.ndarray) -> np.ndarray:
-        """Mean correlation of clusters k with each cluster, -inf where they may not merge."""
-        mean = total[k] / np.maximum(np.outer(size[k], size), 1)
-        z = total[k] / np.sqrt(np.maximum(np.outer(total[k, k], total.diagonal()), 1)) / noise
-        share = np.where(np.logical_and.outer(pairs[k] > 0, pairs > 0), MERGE, MERGE_UNKNOWN)
-        need = share * np.sqrt(np.outer(agreement(k), agreement(np.arange(len(size)))))
-        may = (z > SIGNIFICANT) & (mean > need) & np.logical_and.outer(alive[k], alive)
-        may[np.arange(len(k)), k] = False
-        return np.where(may, mean, -np.inf)
-
-    scores = appeal(np.arange(len(size)))
-    while len(scores) and scores.max() > -np.inf:
-        a, b = np.unravel_index(np.argmax(scores), scores.shape)
-        cross, number = total[a, b], size[a] * size[b]
-        if cross / number <= SAME_RECORDING:  # otherwise the two are one recording, which tells nothing of the camera
-            inside[a], pairs[a] = inside[a] + inside[b] + 2 * cross, pairs[a] + pairs[b] + 2 * number
-        into[into == b] = a
-        total[a] += total[b]
-        total[:, a] += total[:, b]
-        size[a], alive[b] = size[a] + size[b], False
-        scores[b] = scores[:, b] = -np.inf
-        scores[a] = scores[:, a] = appeal(np.array([a]))[0]
-    return into, inside, pairs
 
 
 def _linked(cameras: _Cameras, left: np.ndarray, compressed: int, rng: np.random.Generator) -> np.ndarray:
