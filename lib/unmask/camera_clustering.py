@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -36,7 +37,7 @@ from unmask.progress import track
 from unmask.pseudo_labels import recordings
 
 __all__ = [
-    "METHODS", "chance", "cluster", "cluster_files", "cluster_rows", "controls", "fingerprint", "first_readable",
+    "METHODS", "Compared", "cluster", "cluster_files", "cluster_rows", "controls", "fingerprint", "first_readable",
     "judge", "matching", "ncc", "noise_residual", "pairs", "pce", "quality", "recording_rows",
     "scenes_with_known_count", "separation", "settings_of", "similarities", "take",
 ]  # fmt: skip
@@ -68,13 +69,35 @@ def take(
     return extract(media_of(manifest, paths, hulls), out, settings, workers)
 
 
-def similarities(out: str | os.PathLike, rows: pd.DataFrame) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Per bucket of frames of one size: positions int[n] in `rows` and the correlations float32[n,n] of backgrounds."""
-    found = {}
-    for bucket, part in _buckets(rows):
-        patterns, valid = read_patterns(out, part)
-        found[bucket] = part.index.to_numpy(), similarity(patterns, valid, device=best_device())
-    return found
+class Compared(NamedTuple):
+    """Media of frames of one size: positions int[n] in the rows, correlations float32[n,n], and what chance gives."""
+
+    where: np.ndarray
+    matrix: np.ndarray
+    noise: float
+
+
+def similarities(out: str | os.PathLike, rows: pd.DataFrame) -> dict[str, Compared]:
+    """The backgrounds of all media compared, by bucket of frames of one size."""
+    return {
+        bucket: Compared(part.index.to_numpy(), *_compared(*read_patterns(out, part)))
+        for bucket, part in _buckets(rows)
+    }
+
+
+def _compared(patterns: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, float]:
+    """Correlations float32[n,n] of fingerprints, and the standard deviation of chance.
+
+    Few media have few pairs to learn chance from, or none that are unrelated. Some of them, moved by many pixels, are
+    unrelated to all for sure, so chance is at least what those show.
+    """
+    matrix = similarity(patterns, valid, device=best_device())
+    some, rng, moved = min(len(patterns), 8), np.random.default_rng(0), []
+    for _ in range(8):
+        shift = rng.integers(16, np.array(patterns.shape[1:]) - 15)
+        both = [np.concatenate([x[:some], np.roll(x[:some], shift, (1, 2))]) for x in (patterns, valid)]
+        moved.append(similarity(*both, device=best_device())[:some, some:])
+    return matrix, max(chance(matrix), float(np.sqrt(np.mean(np.square(moved)))))
 
 
 def _buckets(rows: pd.DataFrame):
@@ -82,20 +105,18 @@ def _buckets(rows: pd.DataFrame):
     return rows[rows["status"] == "ok"].groupby("bucket", sort=True)
 
 
-def cluster_rows(
-    matrices: Mapping[str, tuple[np.ndarray, np.ndarray]], count: int, method: str = "linkage", seed: int = 0
-) -> np.ndarray:
-    """Camera of each of `count` media, int[count], from the matrices of their buckets; -1 = unattributed or failed.
+def cluster_rows(buckets: Mapping[str, Compared], count: int, method: str = "linkage", seed: int = 0) -> np.ndarray:
+    """Camera of each of `count` media, int[count], from `similarities`; -1 = unattributed or failed.
 
     Cameras of different buckets have different numbers: nothing compares frames of different sizes.
     """
-    return _numbered(count, ((where, cluster(matrix, method, seed=seed)) for where, matrix in matrices.values()))
+    return _numbered(count, ((b.where, cluster(b.matrix, method, b.noise, seed)) for b in buckets.values()))
 
 
-def recording_rows(matrices: Mapping[str, tuple[np.ndarray, np.ndarray]], count: int) -> np.ndarray:
+def recording_rows(buckets: Mapping[str, Compared], count: int) -> np.ndarray:
     """Recording of each of `count` media, int[count]: versions of one video, such as a forgery and its original, share
     a number. -1 = failed. Media of different buckets have different numbers."""
-    return _numbered(count, ((where, recordings(matrix)) for where, matrix in matrices.values()))
+    return _numbered(count, ((b.where, recordings(b.matrix)) for b in buckets.values()))
 
 
 def _numbered(count: int, parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
@@ -118,12 +139,13 @@ def controls(out: str | os.PathLike, rows: pd.DataFrame, method: str, seed: int)
         patterns, valid = read_patterns(out, part)
         for i, (dy, dx) in enumerate(rng.integers(-16, 17, (len(part), 2))):
             patterns[i], valid[i] = np.roll(patterns[i], (dy, dx), (0, 1)), np.roll(valid[i], (dy, dx), (0, 1))
+        matrix, noise = _compared(patterns, valid)
         scenes = _correlation(read_scenes(out, part).reshape(len(part), -1))
         found = {
-            "shifted": cluster(similarity(patterns, valid, device=best_device()), method, seed=seed),
+            "shifted": cluster(matrix, method, noise, seed),
             # Thumbnails are all alike to some degree, so the silhouette alone decides and nothing is left out.
             "scene": by_linkage(scenes, 0.0, seed) if len(part) > 2 else np.zeros(len(part), int),
-            "random": cluster(_correlation(rng.standard_normal((len(part), 4096))), method, seed=seed),
+            "random": cluster(_correlation(rng.standard_normal((len(part), 4096))), method, 1 / 64, seed),
         }
         for name, own in found.items():
             parts[name].append((part.index.to_numpy(), own))
@@ -273,8 +295,8 @@ def cluster_files(
     target, out = Path(target).resolve(), Path(out)
     manifest, where = _listed(target)
     rows = take(manifest, where, out.with_suffix(".fingerprints"), settings, crops, workers)
-    matrices = similarities(out.with_suffix(".fingerprints"), rows)
-    rows = rows.assign(path=manifest["path"].tolist(), cluster=cluster_rows(matrices, len(rows), method))
+    buckets = similarities(out.with_suffix(".fingerprints"), rows)
+    rows = rows.assign(path=manifest["path"].tolist(), cluster=cluster_rows(buckets, len(rows), method))
     shown = rows.drop(columns=["item_id", "seconds"]).to_dict("records")
     document = {"method": method, "settings": vars(settings), "media": shown}
     write_atomic(out.with_suffix(".json"), json.dumps(document, indent=1, default=int) + "\n")
