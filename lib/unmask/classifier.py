@@ -24,6 +24,10 @@ from unmask.learning import LoopOptions, Run
 from unmask.profile import digest, source_hash
 from unmask.training import TrainingError, own_randomness
 
+# Mean cross-entropy above which the network has not learned enough for its losses to tell wrong labels from hard videos
+# (ln 2 = 0.69 is guessing).
+UNDECIDED = 0.6
+
 
 @dataclass(frozen=True)
 class Options(LoopOptions):
@@ -73,6 +77,9 @@ class CrossEntropy:
 
     def review(self, run: Run, epoch: int) -> dict:
         items = _item_losses(run, run.train, self.labels)
+        if items["loss"].mean() > UNDECIDED:
+            run.labels = self.labels.copy()
+            return {"items": len(items), "items_kept": len(items)}
         stays = small_loss(items["loss"].to_numpy(), items["label"].to_numpy(), run.options.seed)
         names = run.rows["item_id"].to_numpy()[run.train]
         run.labels = np.where(np.isin(names, items.index[stays]), self.labels, -1)
