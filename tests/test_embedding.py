@@ -30,8 +30,9 @@ def test_shapes_and_unit_length(detector):
     features, units = detector.embed(frames)
     assert units.shape == (6, detector.config["projection"]) and units.dtype == torch.float32
     torch.testing.assert_close(units.square().sum(1), torch.ones(6))
-    hidden = torch.relu(features @ detector.projector[0].weight.T + detector.projector[0].bias)
-    raw = hidden @ detector.projector[2].weight.T + detector.projector[2].bias
+    first, norm, _, last = detector.projector
+    scaled = (features @ first.weight.T - norm.running_mean) / (norm.running_var + norm.eps).sqrt()
+    raw = torch.relu(scaled * norm.weight + norm.bias) @ last.weight.T + last.bias
     torch.testing.assert_close(units, raw / raw.square().sum(1, keepdim=True).sqrt())
     assert torch.equal(detector.project(frames), units)
     assert detector.projector[0].weight.shape == (features.shape[1],) * 2

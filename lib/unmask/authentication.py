@@ -40,6 +40,8 @@ def authenticate(
     Raises CheckpointError for the model and LocatorError for the locator.
     """
     judge = unsupervised.Judge.load(model, seed)
+    if np.isnan(judge.threshold):
+        raise base.CheckpointError(f"{model} has no threshold of seed {seed} yet; run stage 3 to its end.")
     card = base.read_checkpoint(unsupervised.stage_folder(model, 3, seed))[1]
     start = contrastive.starting_network(unsupervised.network(profile), profile.unsupervised.init, profile.seed)
     paths = list(expand(media))
@@ -52,9 +54,10 @@ def authenticate(
         index = index.sort_values(["item_id", "frame"], ignore_index=True)
         features = unsupervised.measure_crops(index, store, start, workers).set_index("item_id")
         evidence = _cameras(df, paths, crops, model, profile, workers)
-        found = judge(store, index, features, evidence["logit"]) if len(index) else pd.DataFrame()
+        nothing = pd.DataFrame(columns=[*judge.VARIANTS, *unsupervised.STEPS], dtype=float)
+        found = judge(store, index, features, evidence["logit"]) if len(index) else nothing
     table = df[["item_id"]].assign(path=[printable(p) for p in paths]).merge(items, on="item_id", how="left")
-    table = table.join(found, on="item_id") if len(found) else table.assign(final=np.nan)
+    table = table.join(found, on="item_id")
     table["filmed_by"] = table["item_id"].map(evidence["camera"]).fillna(UNATTRIBUTED).astype(int)
     verdict = np.where(table["final"] >= judge.threshold, VERDICTS[1], VERDICTS[0])
     table = table.assign(verdict=np.where(table["final"].isna(), "", verdict)).rename(columns={"final": "score"})

@@ -14,7 +14,7 @@ from unmask.clustering import SIGNIFICANT, UNATTRIBUTED
 from unmask.detectors.base import CheckpointError
 from unmask.fingerprints import read_patterns
 from unmask.profile import write_atomic, write_json
-from unmask.pseudo_labels import CLIP, CUE, masked_ncc, robust_scale, two_halves_model
+from unmask.pseudo_labels import CLIP, CUE, FEWEST, masked_ncc, robust_scale, two_halves_model
 
 WEIGHTS, CARD = "cameras.safetensors", "cameras.json"
 
@@ -22,7 +22,8 @@ WEIGHTS, CARD = "cameras.safetensors", "cameras.json"
 @dataclass(frozen=True)
 class CameraEvidence:
     """Fingerprints float32[H,W] by camera number, with each one's frame size (`bucket`), and the median and spread of
-    CUE over its videos; `slope` and `intercept` turn the standardised cue into log odds of "fake"."""
+    CUE over its videos, as `standardise` has them: together for cameras of few videos, absent where no CUE is known.
+    `slope` and `intercept` turn the standardised cue into log odds of "fake"."""
 
     patterns: dict[int, np.ndarray]
     bucket: dict[int, str]
@@ -42,8 +43,11 @@ class CameraEvidence:
             patterns[int(camera)] = np.where(keep, background, face).mean(0)
             buckets[int(camera)] = bucket
         values = cue.loc[known.index]
-        scale = {camera: robust_scale(own) for camera, own in values.groupby(known["cluster"])}
-        median, spread = ({int(k): s[i] for k, s in scale.items()} for i in (0, 1))
+        sizes = known["cluster"].map(known["cluster"].value_counts())
+        groups = known["cluster"].where(sizes >= FEWEST, UNATTRIBUTED)
+        scale = {group: robust_scale(own) for group, own in values.groupby(groups) if own.notna().any()}
+        group_of = dict(zip(known["cluster"], groups, strict=True))
+        median, spread = ({int(c): scale[g][i] for c, g in group_of.items() if g in scale} for i in (0, 1))
         scaled = (values - known["cluster"].map(median)) / known["cluster"].map(spread)
         slope, intercept = two_halves_model(-scaled.clip(-CLIP, CLIP).dropna().to_numpy(), seed)
         return cls(patterns, buckets, median, spread, -slope, intercept)
@@ -62,7 +66,7 @@ class CameraEvidence:
         if found == UNATTRIBUTED:
             return found, float("nan"), 0.0
         cue, pixels = masked_ncc(regions["face"][0], self.patterns[found], regions["face"][1])
-        if not pixels:
+        if not pixels or found not in self.median:
             return found, float("nan"), 0.0
         scaled = np.clip((cue - self.median[found]) / self.spread[found], -CLIP, CLIP)
         return found, cue, float(self.slope * scaled + self.intercept)
@@ -97,6 +101,8 @@ class CameraEvidence:
             kept = json.loads((Path(folder) / CARD).read_text(encoding="utf-8"))
             patterns = {int(k): v.astype(np.float32) for k, v in load((Path(folder) / WEIGHTS).read_bytes()).items()}
             named = {key: {int(k): v for k, v in kept[key].items()} for key in ("bucket", "median", "spread")}
+            if patterns.keys() != named["bucket"].keys():
+                raise ValueError("The fingerprints are of other cameras.")
             return cls(patterns, **named, slope=float(kept["slope"]), intercept=float(kept["intercept"]))
-        except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise CheckpointError(f"{folder} has no fingerprints of cameras; run stage 1 again.") from error

@@ -139,24 +139,25 @@ def pseudo_labels(
     """Labels of N videos from features: columns label (1 = taken for a fake), p_fake, confidence, cue, traces, agree.
 
     features: a row per video with CUE and the columns that `traces` names. cue and traces are the two views' P(fake),
-    p_fake their combination with equal weight, confidence |2 p_fake - 1|, agree whether the views do. Orientation is
-    ORIENTATION, stated before anything was seen.
+    p_fake their combination with equal weight, confidence |2 p_fake - 1|, agree whether neither view contradicts the
+    other; one of 0.5, such as that of a missing CUE, contradicts nothing. Orientation is ORIENTATION, stated before
+    anything was seen.
     """
     scaled = standardise(features, clusters)
-    cue = two_halves(-scaled[CUE].to_numpy(), seed)
     seen = features[CUE].notna().to_numpy()
-    cue = np.where(seen, cue, 0.5)
+    cue = np.full(len(features), 0.5)
+    cue[seen] = two_halves(-scaled[CUE].to_numpy()[seen], seed)
     other = second_view(scaled[list(traces)].to_numpy(), cue, recording, seed)
     odds = (logit(np.clip(cue, 0.01, 0.99)) + logit(np.clip(other, 0.01, 0.99))) / 2
     p = expit(odds)
     return pd.DataFrame({
         "label": (p > 0.5).astype(int), "p_fake": p, "confidence": np.abs(2 * p - 1), "cue": cue, "traces": other,
-        "agree": (cue > 0.5) == (other > 0.5),
+        "agree": (cue - 0.5) * (other - 0.5) >= 0,
     })  # fmt: skip
 
 
 def single_feature(values: np.ndarray, guide: np.ndarray, seed: int) -> np.ndarray:
     """P(fake) float[N] by one standardised feature float[N] alone, turned so that it goes with `guide` float[N]."""
     upper = two_halves(values, seed)
-    together = np.corrcoef(rankdata(values), rankdata(guide))[0, 1]
-    return upper if not together < 0 else 1 - upper
+    together = np.cov(rankdata(values), rankdata(guide), bias=True)[0, 1]
+    return upper if together >= 0 else 1 - upper

@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 
 from unmask.detectors.base import CheckpointError
 from unmask.profile import write_json
-from unmask.pseudo_labels import CLIP
+from unmask.pseudo_labels import CLIP, robust_scale
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,8 @@ class TraceModel:
     @classmethod
     def fit(cls, features: pd.DataFrame, labels: np.ndarray, names: Sequence[str]) -> "TraceModel":
         """Fit to float[N,D] and labels int[N] (1 = taken for a fake), either label counting as much as the other."""
-        values = features[list(names)].to_numpy(float)
-        median = np.nan_to_num(np.nanmedian(values, 0))
-        spread = 1.4826 * np.nan_to_num(np.nanmedian(np.abs(values - median), 0))
-        spread = np.where(spread > 0, spread, 1.0)
-        scaled = _scaled(values, median, spread)
+        median, spread = np.array([robust_scale(features[name]) for name in names]).T
+        scaled = _scaled(features[list(names)].to_numpy(float), median, spread)
         model = LogisticRegression(C=0.1, class_weight="balanced", max_iter=1000).fit(scaled, labels)
         return cls(tuple(names), median, spread, model.coef_[0], float(model.intercept_[0]))
 
@@ -50,6 +47,8 @@ class TraceModel:
         try:
             kept = json.loads(Path(path).read_text(encoding="utf-8"))
             arrays = {key: np.asarray(kept[key], float) for key in ("median", "spread", "weight")}
+            if any(values.shape != (len(kept["names"]),) for values in arrays.values()):
+                raise ValueError("Its parts do not fit each other.")
             return cls(tuple(kept["names"]), **arrays, bias=float(kept["bias"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is not a model of traces; run stage 3 again.") from error

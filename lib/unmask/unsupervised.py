@@ -31,6 +31,7 @@ from unmask.progress import track
 from unmask.pseudo_labels import AGREEMENT, CUE, ORIENTATION, face_agreement, pseudo_labels
 from unmask.scoring import frame_images
 from unmask.trace_model import TraceModel
+from unmask.training import TrainingError
 
 FEATURES_FILE, LABELS_FILE = "features.parquet", "pseudo_labels.parquet"
 TRACES_FILE, THRESHOLD_FILE = "traces.json", "threshold.json"
@@ -134,7 +135,8 @@ def surest(labels: pd.DataFrame, share: float) -> pd.DataFrame:
     # By the cue, for the traces' odds rank the crudest kind of forgery before all others.
     certainty = (both["cue"] - 0.5).abs()
     rank = certainty.groupby([both[key] for key in ("split", "cluster", "label")]).rank(pct=True, method="first")
-    return both.loc[rank > 1 - share, ["item_id", "split", "label", "confidence"]].reset_index(drop=True)
+    # A share of 0.8 must not turn into all of five by a rounding error.
+    return both.loc[rank > 1 - share + 1e-9, ["item_id", "split", "label", "confidence"]].reset_index(drop=True)
 
 
 def write_table(df: pd.DataFrame, path: Path) -> None:
@@ -148,9 +150,12 @@ def label(
 ) -> pd.DataFrame:  # fmt: skip
     """Stage 1: leaves FEATURES_FILE and LABELS_FILE in `out`; returns the labels (see `label_collection`).
 
-    clusters: the table of chapter 02 (item_id, status, bucket, height, width, cluster, recording).
+    clusters: the table of chapter 02 (item_id, status, bucket, height, width, cluster, recording). Raises TrainingError
+    if no video can be labelled.
     """
     rows = videos(manifest, clusters, read_index(crops))
+    if rows.empty:
+        raise TrainingError("No video of the manifest has both a fingerprint and a face; there is nothing to label.")
     detector = contrastive.starting_network(network(profile), profile.unsupervised.init, profile.seed)
     features = measure(rows, fingerprints, crops, detector, profile.workers)
     write_table(features, Path(out) / FEATURES_FILE)
@@ -176,10 +181,15 @@ def run_stage(
         rows = camera_rows(profile, listed, Path(manifest), crops, Path(out) / "cameras")
         labels = label(profile, listed, rows, Path(out) / "cameras" / "fingerprints", crops, out)
         return f"{len(labels)} videos, {int(labels['label'].sum())} taken for fakes: {Path(out) / LABELS_FILE}"
-    needs = Path(out) / LABELS_FILE if stage == 2 else stage_folder(out, 2, seed) / base.CONFIG
-    if not needs.is_file():
-        raise base.CheckpointError(f"There is no {needs}; run stage {stage - 1} first.")
+    _need(Path(out) / LABELS_FILE, 1)
+    if stage == 3:
+        _need(stage_folder(out, 2, seed) / base.CONFIG, 2)
     return f"Checkpoint: {(represent if stage == 2 else classify)(profile, crops, out, seed)}"
+
+
+def _need(path: Path, stage: int) -> None:
+    if not path.is_file():
+        raise base.CheckpointError(f"There is no {path}; run stage {stage} first.")
 
 
 def camera_rows(
@@ -341,12 +351,16 @@ class Judge:
     @classmethod
     def load(cls, out: str | os.PathLike, seed: int, control: bool = False) -> "Judge":
         """Read the checkpoints of a seed. Raises CheckpointError if one is missing or not whole."""
+        for stage in (2, 3):
+            _need(stage_folder(out, stage, seed, control) / base.CONFIG, stage)
         contrast, card = base.load_checkpoint(stage_folder(out, 2, seed, control))
         last, last_card = base.load_checkpoint(stage_folder(out, 3, seed, control))
         folder = stage_folder(out, 3, seed, control)
         model, kept = TraceModel.load(folder / TRACES_FILE), folder / THRESHOLD_FILE
-        # Absent only while stage 3 is choosing it.
-        limit = json.loads(kept.read_text(encoding="utf-8"))["threshold"] if kept.exists() else float("nan")
+        try:  # absent only while stage 3 is choosing it
+            limit = float(json.loads(kept.read_text(encoding="utf-8"))["threshold"]) if kept.exists() else float("nan")
+        except (ValueError, KeyError, TypeError) as error:
+            raise base.CheckpointError(f"{kept} is damaged; run stage 3 again.") from error
         return cls(contrast, np.asarray(card["centroids"]), last, model, limit, last_card["sha256"][:12])
 
     VARIANTS = ("centroid", "classifier", "measured", "no-camera", "camera", "final")
