@@ -326,7 +326,7 @@ def test_the_epoch_is_chosen_without_true_labels(run, monkeypatch, data, losses,
     shown = []
 
     def scripted(self, run):
-        shown.append(run.detector.projector[2].weight.detach().clone())
+        shown.append(run.detector.projector[3].weight.detach().clone())
         return losses[len(shown) - 1]
 
     true = learning._epoch
@@ -341,7 +341,7 @@ def test_the_epoch_is_chosen_without_true_labels(run, monkeypatch, data, losses,
     monkeypatch.setattr(learning, "_epoch", spy)
     val = data[3] if losses[0] else data[3][:0]
     detector, kept = load_checkpoint(run(epochs=4, val_labels=val))
-    assert torch.equal(detector.projector[2].weight.detach(), shown[chosen])
+    assert torch.equal(detector.projector[3].weight.detach(), shown[chosen])
     assert [entry["val_loss"] for entry in kept["history"]] == losses
 
 
