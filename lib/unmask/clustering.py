@@ -19,8 +19,11 @@ UNATTRIBUTED = -1
 SIGNIFICANT = 6.0  # standard deviations of chance; even a million comparisons rarely reach it
 # Residuals that agree more than this share more than a sensor: a forgery and its original, or two cuts of one video.
 SAME_RECORDING = 0.5
-MERGE = 0.25  # of what two halves of one cluster would show; two cameras of one model show a few per cent
-MERGE_UNKNOWN = 0.1  # the same where all that a cluster holds is one recording, so its own agreement says too much
+# What clusters must show of what two halves of one camera would; two cameras of one model show a few per cent.
+MERGE = 0.25
+# Less is asked of clusters of a single recording, whose own agreement says too much, and once every item has been moved
+# to where it fits: before that, a few misplaced items make two cameras look alike.
+MERGE_UNKNOWN = 0.1
 
 
 def similarity(
@@ -123,6 +126,7 @@ def by_linkage(similarity: np.ndarray, noise: float, seed: int) -> np.ndarray:
 def by_spectrum(similarity: np.ndarray, noise: float, seed: int) -> np.ndarray:
     """Spectral clustering of what exceeds chance; the number of clusters is where the Laplacian's eigenvalues jump."""
     affinity = np.clip(similarity.astype(np.float64) - 3 * noise, 0, None)
+    affinity += 1e-6 * affinity.max()  # connected, as the embedding needs it
     np.fill_diagonal(affinity, affinity.max() if affinity.max() > 0 else 1)
     scale = 1 / np.sqrt(affinity.sum(1))
     values = np.sort(1 - np.linalg.eigvalsh(scale[:, None] * affinity * scale))
@@ -194,11 +198,12 @@ def refine(similarity: np.ndarray, labels: np.ndarray, noise: float, rounds: int
     fingerprint (without the item) it fits best, if that is significant; leave the rest, and clusters of one, out.
     """
     similarity, labels = similarity.copy(), np.unique(labels, return_inverse=True)[1]
-    for _ in range(rounds):
-        before = labels
-        labels = _attract(similarity, _merge(similarity, labels, noise), noise)
-        if np.array_equal(before, labels):
-            break
+    for share in (MERGE, MERGE_UNKNOWN):
+        for _ in range(rounds):
+            before = labels
+            labels = _attract(similarity, _merge(similarity, labels, noise, share), noise)
+            if np.array_equal(before, labels):
+                break
     return ranked(labels)
 
 
@@ -229,22 +234,22 @@ def _sums(similarity: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nd
     return total.astype(np.float64), member.sum(0).astype(np.float64), *(x.astype(np.float64) for x in inside)
 
 
-def _merge(similarity: np.ndarray, labels: np.ndarray, noise: float) -> np.ndarray:
+def _merge(similarity: np.ndarray, labels: np.ndarray, noise: float, share: float) -> np.ndarray:
     """Labels after merging the clusters that pass for one camera; unattributed items stay out."""
     total, size, inside, pairs = _sums(similarity, labels)
-    into, _, _ = merged(total + np.diag(size), size, inside, pairs, noise)
+    into, _, _ = merged(total + np.diag(size), size, inside, pairs, noise, share)
     return np.append(into, UNATTRIBUTED)[labels]
 
 
 def merged(
-    total: np.ndarray, size: np.ndarray, inside: np.ndarray, pairs: np.ndarray, noise: float
+    total: np.ndarray, size: np.ndarray, inside: np.ndarray, pairs: np.ndarray, noise: float, share: float = MERGE
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Which clusters pass for one camera: the cluster int[K] into which each goes, and the new `inside` and `pairs`.
 
     total: float64[K,K], inner products of the sums of unit fingerprints; size: their numbers [K]; inside, pairs: sum
     and number [K] of known correlations inside a cluster between distinct recordings, counted both ways; noise:
-    standard deviation of chance. Of the pairs that differ from chance and agree as halves of one camera would, the most
-    alike goes first.
+    standard deviation of chance; share: of the agreement inside, that the agreement between must reach. Of the pairs
+    that differ from chance and agree as halves of one camera would, the most alike goes first.
     """
     total, size, inside, pairs = (np.array(x, np.float64) for x in (total, size, inside, pairs))
     into, alive = np.arange(len(size)), size > 0
@@ -257,8 +262,8 @@ def merged(
         """Mean correlation of clusters k with each cluster, -inf where they may not merge."""
         mean = total[k] / np.maximum(np.outer(size[k], size), 1)
         z = total[k] / np.sqrt(np.maximum(np.outer(total[k, k], total.diagonal()), 1)) / max(noise, 1e-12)
-        share = np.where(np.logical_and.outer(pairs[k] > 0, pairs > 0), MERGE, MERGE_UNKNOWN)
-        need = share * np.sqrt(np.outer(agreement(k), agreement(np.arange(len(size)))))
+        known = np.where(np.logical_and.outer(pairs[k] > 0, pairs > 0), share, MERGE_UNKNOWN)
+        need = known * np.sqrt(np.outer(agreement(k), agreement(np.arange(len(size)))))
         may = (z > SIGNIFICANT) & (mean > need) & np.logical_and.outer(alive[k], alive)
         may[np.arange(len(k)), k] = False
         return np.where(may, mean, -np.inf)

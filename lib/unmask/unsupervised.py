@@ -305,13 +305,16 @@ def score(
 ) -> pd.DataFrame:  # fmt: skip
     """Scores of videos by every stage, in the contract of score tables (frame -1), detector "unsupervised".
 
+    Media that stage 1 could not measure (pictures, or without a face or a fingerprint) have no row.
+
     variants: cue, traces, pseudo (stage 1, each collection by itself), centroid (stage 2, nearer to which centre),
     classifier and measured (stage 3, network and traces), no-camera (their mean in log odds), camera (the camera's word
     on the face, by fingerprints of the training videos), final (the mean of all three), and final-control.
     """
     out, store, index = Path(out), CropStore(crops), read_index(crops)
-    index = index[index["item_id"].isin(set(items))].sort_values(["item_id", "frame"], ignore_index=True)
     features = pd.read_parquet(out / FEATURES_FILE).set_index("item_id")
+    known = set(items) & set(features.index)
+    index = index[index["item_id"].isin(known)].sort_values(["item_id", "frame"], ignore_index=True)
     labels = pd.read_parquet(out / LABELS_FILE).set_index("item_id")
     evidence = CameraEvidence.load(out).table(fingerprints, clusters[clusters["item_id"].isin(set(index["item_id"]))])
     rows = []
