@@ -31,6 +31,7 @@ CHAPTERS = (
     Chapter("00_data", keys=("data", "world", "seed")),
     Chapter("01_preprocessing", needs=("00_data",), keys=("preprocess",)),
     Chapter("02_camera_clustering", needs=("01_preprocessing",), keys=("cameras", "seed")),
+    Chapter("03_unsupervised", needs=("02_camera_clustering",), keys=("unsupervised", "evaluate", "seed", "seeds")),
     Chapter("04_sbi", needs=("01_preprocessing",), keys=("sbi",)),
     Chapter("05_convnext", needs=("01_preprocessing",), keys=("sbi", "convnext", "train", "seed", "seeds")),
     Chapter("09_cross_dataset", needs=("05_convnext",), keys=("evaluate",)),
