@@ -52,10 +52,11 @@ def authenticate(
         items = preprocess(manifest, crops, locator=locator or best_locator(), workers=workers, **card["preprocessing"])
         store, index = CropStore(crops), read_index(crops)
         index = index.sort_values(["item_id", "frame"], ignore_index=True)
-        features = unsupervised.measure_crops(index, store, start, workers).set_index("item_id")
         evidence = _cameras(df, paths, crops, model, profile, workers)
-        nothing = pd.DataFrame(columns=[*judge.VARIANTS, *unsupervised.STEPS], dtype=float)
-        found = judge(store, index, features, evidence["logit"]) if len(index) else nothing
+        found = pd.DataFrame(columns=[*judge.VARIANTS, *unsupervised.STEPS], dtype=float)
+        if len(index):
+            features = unsupervised.measure_crops(index, store, start, workers).set_index("item_id")
+            found = judge(store, index, features, evidence["logit"])
     table = df[["item_id"]].assign(path=[printable(p) for p in paths]).merge(items, on="item_id", how="left")
     table = table.join(found, on="item_id")
     table["filmed_by"] = table["item_id"].map(evidence["camera"]).fillna(UNATTRIBUTED).astype(int)
