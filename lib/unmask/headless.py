@@ -20,7 +20,7 @@ from nbclient.exceptions import DeadKernelError
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
-from unmask.profile import write_json
+from unmask.profile import ChapterEnds, write_json
 from unmask.progress import MARK, clock
 
 HEARTBEAT = 30.0
@@ -131,6 +131,11 @@ def run_notebook(notebook: Path, work: Path, parameters: dict[str, str], fingerp
         with _logged(log, reporter):
             _execute(notebook, executed, parameters, reporter)
     except PapermillExecutionError as error:
+        if error.ename == ChapterEnds.__name__ and results.is_file():
+            say(f"{chapter}: {error.evalue}")
+            _mark(results, fingerprint)
+            say(f"{chapter}: done in {reporter.elapsed()}")
+            return
         cell = f"cell {error.cell_index + 1}/{cells} (In [{error.exec_count}])"
         raise HeadlessError(_failure(reporter, cell, f"{error.ename}: {error.evalue}", executed, log)) from None
     except DeadKernelError:
@@ -140,8 +145,12 @@ def run_notebook(notebook: Path, work: Path, parameters: dict[str, str], fingerp
         reporter.finished.set()
     if not results.is_file():
         raise HeadlessError(f"{chapter}: left no {results}; its last cell must call study.results({chapter!r}, ...).")
-    write_json(results, {**json.loads(results.read_text(encoding="utf-8")), "fingerprint": fingerprint})
+    _mark(results, fingerprint)
     say(f"{chapter}: done in {reporter.elapsed()}")
+
+
+def _mark(results: Path, fingerprint: str) -> None:
+    write_json(results, {**json.loads(results.read_text(encoding="utf-8")), "fingerprint": fingerprint})
 
 
 def _failure(reporter: Reporter, cell: str, error: str, executed: Path, log: Path) -> str:

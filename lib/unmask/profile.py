@@ -39,6 +39,10 @@ class MissingInput(FileNotFoundError):
     """A file that an earlier chapter leaves is not there."""
 
 
+class ChapterEnds(Exception):
+    """Nothing further in this notebook applies to these data; its results are written. A headless run takes it so."""
+
+
 def find_root() -> Path:
     """The repository root: above the package in a clone, otherwise the nearest one above the working directory."""
     here = Path(__file__).resolve()
@@ -287,6 +291,11 @@ class Study:
         path = (self.work / "scratch" if self.playing else self.work) / relpath
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+    def end(self, chapter: str, reason: str) -> None:
+        """End a chapter early: write its results with the reason, then raise ChapterEnds."""
+        self.results(chapter, {"ended": reason})
+        raise ChapterEnds(reason)
 
     def results(self, chapter: str, numbers: dict[str, Any]) -> Path:
         """Write results/<chapter>.json: the numbers, the figures and tables saved so far, and the provenance."""

@@ -18,6 +18,9 @@ from unmask.clustering import SAME_RECORDING, UNATTRIBUTED
 
 CUE = "face_ncc"
 ORIENTATION = "the half whose faces agree less with their camera is called fake"
+SECOND_CUE = "spearman"
+SECOND_ORIENTATION = "where hardly a camera is known, the half whose frames agree more with their next is called fake"
+KNOWN = 0.2  # share of the videos that must have the cue for it to decide
 FEWEST = 5  # members below which a camera is too small to standardise in
 CLIP = 8.0  # robust standard deviations beyond which a feature says no more
 AGREEMENT = {
@@ -141,12 +144,16 @@ def pseudo_labels(
     features: a row per video with CUE and the columns that `traces` names. cue and traces are the two views' P(fake),
     p_fake their combination with equal weight, confidence |2 p_fake - 1|, agree whether neither view contradicts the
     other; one of 0.5, such as that of a missing CUE, contradicts nothing. Orientation is ORIENTATION, stated before
-    anything was seen.
+    anything was seen, or SECOND_ORIENTATION, that of the published baseline.
     """
     scaled = standardise(features, clusters)
     seen = features[CUE].notna().to_numpy()
     cue = np.full(len(features), 0.5)
-    cue[seen] = two_halves(-scaled[CUE].to_numpy()[seen], seed)
+    if seen.mean() >= KNOWN or SECOND_CUE not in features:
+        cue[seen] = two_halves(-scaled[CUE].to_numpy()[seen], seed)
+    else:
+        seen = features[SECOND_CUE].notna().to_numpy()
+        cue[seen] = two_halves(scaled[SECOND_CUE].to_numpy()[seen], seed)
     other = second_view(scaled[list(traces)].to_numpy(), cue, recording, seed)
     odds = (logit(np.clip(cue, 0.01, 0.99)) + logit(np.clip(other, 0.01, 0.99))) / 2
     p = expit(odds)
