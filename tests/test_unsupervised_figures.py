@@ -273,7 +273,7 @@ def test_steps_fill_two_rows_of_panels():
     tables = {"a": step_frame([0.0, 1, 2], [3.0, 4, 5, 6, 7]), "b": step_frame([np.nan] * 3, [np.nan] * 5)}
     fig = draw.draw_steps(tables, truth)
     assert len(fig.axes) == 2 * len(STEPS)
-    assert sum(bar.get_height() for bar in fig.axes[0].patches) == 8
+    assert sum(bar.get_height() for bar in fig.axes[0].patches) == pytest.approx(2), "shares of the reals, of the fakes"
     assert sum(bar.get_height() for bar in fig.axes[-1].patches) == 0
 
 

@@ -207,13 +207,16 @@ def camera_rows(
     return rows
 
 
+def _labels(out: Path, seed: int, control: bool) -> pd.DataFrame:
+    """The pseudo-labels of stage 1, or those of the control."""
+    if control:
+        return label_collection(pd.read_parquet(out / FEATURES_FILE), seed, shuffled=True)
+    return pd.read_parquet(out / LABELS_FILE)
+
+
 def _splits(out: Path, seed: int, share: float, control: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The surest labels of train and of val."""
-    if control:
-        labels = label_collection(pd.read_parquet(out / FEATURES_FILE), seed, shuffled=True)
-    else:
-        labels = pd.read_parquet(out / LABELS_FILE)
-    sure = surest(labels, share)
+    sure = surest(_labels(out, seed, control), share)
     return tuple(sure[sure["split"] == split].drop(columns="split") for split in ("train", "val"))
 
 
@@ -259,12 +262,17 @@ def classify(
     features = pd.read_parquet(out / FEATURES_FILE)
     train = features.merge(sure[["item_id", "label"]], on="item_id")
     TraceModel.fit(train[list(TRACES)], train["label"].to_numpy(), TRACES).save(folder / TRACES_FILE)
-    _keep_threshold(crops, out, val, seed, control)
+    labels = _labels(out, seed, control)
+    # All of them: between the surest alone lies a wide gap, and where in it the doubtful ones part they cannot say.
+    _keep_threshold(crops, out, labels[labels["split"] == "val"], seed, control)
     return folder
 
 
 def _keep_threshold(crops, out: Path, val: pd.DataFrame, seed: int, control: bool) -> None:
-    """Leave the P(fake) from which a video is called fake: best balanced agreement with the validation's labels."""
+    """Leave the P(fake) from which a video is called fake: best balanced agreement with the validation's labels.
+
+    It lies halfway to the next lower score, for any threshold between the two agrees as well.
+    """
     judge = Judge.load(out, seed, control)
     index = read_index(crops)
     index = index[index["item_id"].isin(set(val["item_id"]))].sort_values(["item_id", "frame"], ignore_index=True)
@@ -274,6 +282,7 @@ def _keep_threshold(crops, out: Path, val: pd.DataFrame, seed: int, control: boo
         camera = CameraEvidence.load(out).logits(features.loc[index["item_id"].unique()])
         scores = judge(CropStore(crops), index, features, camera)["final"]
         found = balanced_threshold(val.set_index("item_id")["label"].loc[scores.index], scores)
+        found = (found + scores[scores < found].max()) / 2 if (scores < found).any() else found
     kept = {"threshold": 0.5 if np.isnan(found) else found, "orientation": ORIENTATION}
     write_json(stage_folder(out, 3, seed, control) / THRESHOLD_FILE, kept)
 

@@ -10,6 +10,7 @@ import plotly.express as px
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from unmask.clustering import UNATTRIBUTED
 from unmask.data.frames import MediaError
@@ -45,7 +46,7 @@ def draw_halves(features: pd.DataFrame, labels: pd.DataFrame) -> Figure:
 
 
 def draw_training(contrast: Mapping[str, list[dict]], classifier: Mapping[str, list[dict]]) -> Figure:
-    """Histories of stages 2 and 3 by run: loss (solid) and validation loss (dashed), and frames kept by stage 2."""
+    """Histories of stages 2 and 3 by run: loss (solid) and validation loss (dashed, x), and frames kept by stage 2."""
     fig, axes = plt.subplots(1, 3, figsize=(13, 3.6))
     runs = [*contrast, *(name for name in classifier if name not in contrast)]
     colours = dict(zip(runs, sns.color_palette("colorblind", len(runs)), strict=True))
@@ -53,13 +54,15 @@ def draw_training(contrast: Mapping[str, list[dict]], classifier: Mapping[str, l
         for name, history in histories.items():
             table = pd.DataFrame(history).astype({"val_loss": float})
             ax.plot(table["epoch"] + 1, table["loss"], color=colours[name], marker=".", label=name)
-            ax.plot(table["epoch"] + 1, table["val_loss"], color=colours[name], marker=".", linestyle="--")
+            ax.plot(table["epoch"] + 1, table["val_loss"], color=colours[name], marker="x", linestyle="--")
     for name, history in contrast.items():
         table = pd.DataFrame(history)
         axes[2].step(table["epoch"] + 1, table["kept"], where="mid", color=colours[name])
     axes[0].set(xlabel="epoch", ylabel="contrastive loss (dashed: validation)")
     axes[1].set(xlabel="epoch", ylabel="classifier loss (dashed: validation)")
     axes[2].set(xlabel="epoch", ylabel="frames that stage 2 learns from", ylim=(0, None))
+    for ax in axes:
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].legend(fontsize=8)
     fig.tight_layout()
     return fig
@@ -96,17 +99,26 @@ def interactive_map(maps: pd.DataFrame):
 def draw_steps(tables: Mapping[str, pd.DataFrame], truth: pd.Series, bins: int = 30) -> Figure:
     """Histograms of the inter-frame steps, a row for each backbone and a column for each of STEPS: real and fake.
 
-    tables: `unmask.unsupervised.step_table` by backbone; truth by item_id.
+    tables: `unmask.unsupervised.step_table` by backbone; truth by item_id. Shares, for there may be few reals.
     """
-    fig, axes = plt.subplots(len(tables), len(STEPS), figsize=(4.2 * len(STEPS), 3 * len(tables)), squeeze=False)
+    fig, axes = plt.subplots(len(tables), len(STEPS), figsize=(4.2 * len(STEPS), 3.2 * len(tables)), squeeze=False)
     for row, (backbone, table) in zip(axes, tables.items(), strict=True):
         true = truth.loc[table["item_id"]].to_numpy()
         for ax, name in zip(row, STEPS, strict=True):
             values = table[name].to_numpy()
             edges = np.histogram_bin_edges(values[np.isfinite(values)], bins)
             for label, who in NAMES.items():
-                ax.hist(values[(true == label) & np.isfinite(values)], edges, alpha=0.5, color=COLOURS[who], label=who)
-            ax.set(xlabel=STEP_NAMES[name], ylabel=f"videos, {backbone}" if name == STEPS[0] else "")
+                own = values[(true == label) & np.isfinite(values)]
+                ax.hist(
+                    own,
+                    edges,
+                    weights=np.full(len(own), 1 / max(len(own), 1)),
+                    alpha=0.5,
+                    color=COLOURS[who],
+                    label=who,
+                )
+            ax.set(xlabel=STEP_NAMES[name], title=backbone)
+        row[0].set(ylabel="share of the videos")
     axes[0, 0].legend(fontsize=8)
     fig.tight_layout()
     return fig
