@@ -311,6 +311,18 @@ def test_the_last_score_is_the_mean_of_what_is_known(study):
     assert (np.sign(odds["final"]) == np.sign(mean)).all()
 
 
+def test_nearer_to_the_centre_of_fakes_is_a_higher_score(study):
+    _, crops, _, out, scores = study
+    detector, card = load_checkpoint(stage_folder(out, 2, 0))
+    index = read_index(crops).set_index("item_id", drop=False)
+    scores = scores[scores["variant"] == "centroid"].set_index("item_id")["score"]
+    for item in scores.index[::6]:
+        units = unsupervised.embeddings(detector, CropStore(crops), index.loc[[item]], "projection")
+        real, fake = (np.mean([unit @ np.array(centre) for unit in units]) for centre in card["centroids"])
+        assert np.log(scores[item] / (1 - scores[item])) == pytest.approx(fake - real, abs=1e-5)
+    assert scores.std() > 1e-3
+
+
 def test_a_video_is_scored_alike_in_any_company(study):
     profile, crops, manifest, out, scores = study
     clusters = pd.read_parquet(out / "cameras/clusters.parquet")

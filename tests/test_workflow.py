@@ -195,6 +195,19 @@ def test_notebook_without_results_or_with_a_dead_kernel_fails(tmp_path):
     assert result.returncode == 1 and "failed in cell 2/2" in result.stdout and "kernel died" in result.stdout
 
 
+def test_a_chapter_that_ends_early_is_done_and_says_why(tmp_path):
+    work = tmp_path / "data" / "work" / "demo"
+    code = f'''from pathlib import Path
+from unmask.profile import Study, load_profile
+study = Study(load_profile("demo"), Path({str(tmp_path)!r}), False)
+study.end("00_early", "there is no video")'''
+    nbformat.write(notebook(code, "raise RuntimeError"), tmp_path / "00_early.ipynb")
+    result = headless(tmp_path / "00_early.ipynb", work, "--fingerprint", "abc")
+    assert result.returncode == 0 and "there is no video" in result.stdout
+    kept = json.loads((work / "results" / "00_early.json").read_text())
+    assert kept["numbers"] == {"ended": "there is no video"} and kept["fingerprint"] == "abc"
+
+
 def test_failing_notebook_is_reported(tree):
     code, output = run(tree, "--set", "alpha.broken=true")
     assert code == 1
