@@ -139,6 +139,16 @@ def surest(labels: pd.DataFrame, share: float) -> pd.DataFrame:
     return both.loc[rank > 1 - share + 1e-9, ["item_id", "split", "label", "confidence"]].reset_index(drop=True)
 
 
+def obstacle(labels: pd.DataFrame, share: float) -> str:
+    """Why nothing can be learned from these pseudo-labels or judged afterwards, in a sentence; "" if something can."""
+    if labels.empty or not (labels["split"] == "test").any():
+        return "There are no test videos with a face and a fingerprint: nothing can be judged."
+    sure = surest(labels, share)
+    if sure.loc[sure["split"] == "train", "label"].nunique() < 2:
+        return "The measurements do not split the training videos in two halves: nothing can be learned from them."
+    return ""
+
+
 def write_table(df: pd.DataFrame, path: Path) -> None:
     """Write a table as Parquet, atomically."""
     write_atomic(path, df.to_parquet(index=False))
