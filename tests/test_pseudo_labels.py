@@ -253,6 +253,19 @@ def test_without_any_cue_nothing_is_said(count):
     assert (found["p_fake"] == 0.5).all() and (found["confidence"] == 0).all() and (found["label"] == 0).all()
 
 
+def test_without_cameras_frames_that_agree_more_are_fake_and_the_second_view_is_another():
+    features, clusters, fake = collection(count=150, blind=150)
+    rng = np.random.default_rng(3)
+    steps = features.assign(spearman=0.8 + 0.05 * fake + rng.normal(0, 0.01, 150))
+    found = pseudo_labels(steps, clusters, np.arange(150), ["tilt", "idle", "spearman"], seed=0)
+    assert roc_auc_score(fake, found["cue"]) > 0.97 and (found["label"] == fake).mean() > 0.9
+    others = pseudo_labels(steps, clusters, np.arange(150), ["tilt", "idle"], seed=0)
+    assert np.array_equal(found["traces"], others["traces"]), "what made the cue may not second it"
+    few = steps.assign(**{CUE: collection(count=150)[0][CUE].where(np.arange(150) < 40)})
+    judged = pseudo_labels(few, clusters, np.arange(150), ["tilt", "idle", "spearman"], seed=0)
+    assert (judged["cue"][40:] == 0.5).all(), "a quarter of the videos is enough for the camera to decide"
+
+
 def test_one_feature_alone_is_turned_towards_its_guide():
     rng = np.random.default_rng(0)
     fake = rng.integers(0, 2, 200)

@@ -147,14 +147,15 @@ def pseudo_labels(
     anything was seen, or SECOND_ORIENTATION, that of the published baseline.
     """
     scaled = standardise(features, clusters)
-    seen = features[CUE].notna().to_numpy()
+    seen, second = features[CUE].notna().to_numpy(), list(traces)
     cue = np.full(len(features), 0.5)
     if seen.mean() >= KNOWN or SECOND_CUE not in features:
         cue[seen] = two_halves(-scaled[CUE].to_numpy()[seen], seed)
     else:
         seen = features[SECOND_CUE].notna().to_numpy()
         cue[seen] = two_halves(scaled[SECOND_CUE].to_numpy()[seen], seed)
-    other = second_view(scaled[list(traces)].to_numpy(), cue, recording, seed)
+        second = [name for name in traces if name != SECOND_CUE]  # else the second view would contain the first
+    other = second_view(scaled[second].to_numpy(), cue, recording, seed)
     odds = (logit(np.clip(cue, 0.01, 0.99)) + logit(np.clip(other, 0.01, 0.99))) / 2
     p = expit(odds)
     return pd.DataFrame({
