@@ -1,6 +1,8 @@
 """Stage 4 of unsupervised detection: is this one video authentic? Judged alone, by what stages 2 and 3 left behind."""
 
+import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -49,7 +51,9 @@ def authenticate(
         manifest, crops = Path(folder) / "manifest.parquet", Path(folder) / "crops"
         df = placeholder_manifest(paths, Path(folder) / "media")
         write_manifest(df, manifest)
-        items = preprocess(manifest, crops, locator=locator or best_locator(), workers=workers, **card["preprocessing"])
+        chosen = locator or best_locator()
+        _warn(chosen, model, seed)
+        items = preprocess(manifest, crops, locator=chosen, workers=workers, **card["preprocessing"])
         store, index = CropStore(crops), read_index(crops)
         index = index.sort_values(["item_id", "frame"], ignore_index=True)
         evidence = _cameras(df, paths, crops, model, profile, workers)
@@ -73,3 +77,15 @@ def _cameras(df: pd.DataFrame, paths: list[Path], crops: Path, model, profile: P
     media = media_of(df, paths, face_hulls(read_index(crops), made["size"], made["align"]))
     folder = crops.parent / "fingerprints"
     return CameraEvidence.load(model).table(folder, extract(media, folder, settings_of(profile), workers))
+
+
+def _warn(locator: str, model, seed: int) -> None:
+    """Say so where faces are found by another locator than those that the stages learned from."""
+    kept = unsupervised.stage_folder(model, 3, seed) / unsupervised.THRESHOLD_FILE
+    learned = json.loads(kept.read_text(encoding="utf-8")).get("locators", [])
+    if learned and locator not in learned:
+        print(
+            f"Faces are found by {locator}, but the stages learned from faces found by {', '.join(learned)}: "
+            "crops differ, and so may verdicts.",
+            file=sys.stderr,
+        )

@@ -16,6 +16,7 @@ from unmask.fingerprints import read_patterns
 from unmask.profile import write_atomic, write_json
 from unmask.pseudo_labels import CLIP, CUE, FEWEST, masked_ncc, robust_scale, two_halves_model
 
+SAYING = 4.6  # log odds, 99 to 1: as much as either view of stage 1 may say, so that one witness cannot silence all
 WEIGHTS, CARD = "cameras.safetensors", "cameras.json"
 
 
@@ -69,13 +70,13 @@ class CameraEvidence:
         if not pixels or found not in self.median:
             return found, float("nan"), 0.0
         scaled = np.clip((cue - self.median[found]) / self.spread[found], -CLIP, CLIP)
-        return found, cue, float(self.slope * scaled + self.intercept)
+        return found, cue, float(np.clip(self.slope * scaled + self.intercept, -SAYING, SAYING))
 
     def logits(self, features: pd.DataFrame) -> pd.Series:
         """Log odds of "fake" of videos whose `cluster` and CUE were measured already; 0 where either is missing."""
         scale = features["cluster"].map(self.median), features["cluster"].map(self.spread)
         scaled = ((features[CUE] - scale[0]) / scale[1]).clip(-CLIP, CLIP)
-        return (self.slope * scaled + self.intercept).fillna(0.0)
+        return (self.slope * scaled + self.intercept).clip(-SAYING, SAYING).fillna(0.0)
 
     def table(self, fingerprints: str | os.PathLike, rows: pd.DataFrame) -> pd.DataFrame:
         """`judge` for rows of `unmask.fingerprints.extract`, each by itself: camera, cue, logit; index item_id."""

@@ -83,7 +83,8 @@ def unsupervised(options: argparse.Namespace) -> int:
     from unmask.authentication import authenticate
     from unmask.unsupervised import run_stage
 
-    profile = _profile(options)
+    workers = {"workers": options.workers} if options.workers else {}
+    profile = load_profile(options.profile, parse_changes(options.set) | workers)
     needed = {1: ["manifest", "crops"], 2: ["crops"], 3: ["crops"], 4: ["media", "scores"]}[options.stage]
     missing = [f"--{name}" for name in needed if not getattr(options, name)]
     if missing:
@@ -91,8 +92,9 @@ def unsupervised(options: argparse.Namespace) -> int:
     if options.stage < 4:
         print(run_stage(options.stage, profile, options.out, options.crops, options.manifest, options.seed))
         return 0
-    workers = options.workers or profile.workers
-    table = authenticate(options.media, options.out, options.scores, profile, options.seed, options.locator, workers)
+    table = authenticate(
+        options.media, options.out, options.scores, profile, options.seed, options.locator, profile.workers
+    )
     print(table.to_string(index=False))
     return 0
 

@@ -25,7 +25,7 @@ from unmask.data.crops import CropStore, read_index
 from unmask.data.manifest import read_manifest
 from unmask.detectors import base
 from unmask.evaluation import balanced_threshold
-from unmask.fingerprints import read_patterns
+from unmask.fingerprints import best_device, read_patterns
 from unmask.profile import Profile, write_atomic, write_json
 from unmask.progress import track
 from unmask.pseudo_labels import AGREEMENT, CUE, ORIENTATION, face_agreement, pseudo_labels
@@ -167,6 +167,7 @@ def label(
     if rows.empty:
         raise TrainingError("No video of the manifest has both a fingerprint and a face; there is nothing to label.")
     detector = contrastive.starting_network(network(profile), profile.unsupervised.init, profile.seed)
+    detector = detector.to(best_device())
     features = measure(rows, fingerprints, crops, detector, profile.workers)
     write_table(features, Path(out) / FEATURES_FILE)
     kept = rows["item_id"].isin(set(features.loc[features["split"] != "test", "item_id"]))
@@ -183,7 +184,7 @@ def run_stage(
 ) -> str:  # fmt: skip
     """Stage 1, 2 or 3 on files, for the command line; returns a sentence on what it left.
 
-    Stage 1 clusters the cameras first, if `out`/cameras does not hold them yet. Raises CheckpointError where the stage
+    Stage 1 clusters the cameras first, into `out`/cameras. Raises CheckpointError where the stage
     before is missing.
     """
     if stage == 1:
@@ -205,15 +206,12 @@ def _need(path: Path, stage: int) -> None:
 def camera_rows(
     profile: Profile, manifest: pd.DataFrame, path: Path, crops: str | os.PathLike, out: Path
 ) -> pd.DataFrame:
-    """The media of a manifest with their cameras, as chapter 02 leaves them in `out`; made there if need be."""
-    kept = out / "clusters.parquet"
-    if kept.is_file():
-        return pd.read_parquet(kept)
+    """The media of a manifest with their cameras, as chapter 02 leaves them in `out`; known fingerprints are kept."""
     rows = take(manifest, path, out / "fingerprints", settings_of(profile), crops, profile.workers)
     matrices = similarities(out / "fingerprints", rows)
     cameras = cluster_rows(matrices, len(rows), profile.cameras.method, profile.seed)
     rows = rows.assign(cluster=cameras, recording=recording_rows(matrices, len(rows)))
-    write_table(rows, kept)
+    write_table(rows, out / "clusters.parquet")
     return rows
 
 
@@ -294,6 +292,7 @@ def _keep_threshold(crops, out: Path, val: pd.DataFrame, seed: int, control: boo
         found = balanced_threshold(val.set_index("item_id")["label"].loc[scores.index], scores)
         found = (found + scores[scores < found].max()) / 2 if (scores < found).any() else found
     kept = {"threshold": 0.5 if np.isnan(found) else found, "orientation": ORIENTATION}
+    kept["locators"] = sorted(read_index(crops)["locator"].unique())
     write_json(stage_folder(out, 3, seed, control) / THRESHOLD_FILE, kept)
 
 
@@ -377,6 +376,7 @@ class Judge:
             _need(stage_folder(out, stage, seed, control) / base.CONFIG, stage)
         contrast, card = base.load_checkpoint(stage_folder(out, 2, seed, control))
         last, last_card = base.load_checkpoint(stage_folder(out, 3, seed, control))
+        contrast, last = contrast.to(best_device()), last.to(best_device())
         folder = stage_folder(out, 3, seed, control)
         model, kept = TraceModel.load(folder / TRACES_FILE), folder / THRESHOLD_FILE
         try:  # absent only while stage 3 is choosing it
