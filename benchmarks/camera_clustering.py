@@ -109,26 +109,12 @@ def ratio(a: list[float], b: list[float]) -> str:
     return f"{statistics.median(each):.2f} ({each[0]:.2f} to {each[-1]:.2f})"
 
 
-def with_threads(count: int, way: Callable) -> Callable:
-    """The way, run with so many threads."""
-
-    def run():
-        torch.set_num_threads(count)
-        try:
-            return way()
-        finally:
-            torch.set_num_threads(THREADS)
-
-    return run
-
-
 def residuals(size: tuple[int, int], rounds: int) -> list[str]:
     """Time of the residual of one frame, and how well the ways agree."""
     frame = next(frames(1, *size))
     kit, luma, colours = prnu.noise_residual(frame), plain_residual(frame, False), plain_residual(frame, True)
     ways = {
         f"`noise_residual`, {THREADS} threads": lambda: prnu.noise_residual(frame),
-        "`noise_residual`, 1 thread": with_threads(1, lambda: prnu.noise_residual(frame)),
         "plain, luma": lambda: plain_residual(frame, False),
         "plain, three colours": lambda: plain_residual(frame, True),
     }
