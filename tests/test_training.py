@@ -83,7 +83,7 @@ def test_killed_after_the_last_epoch_or_while_saving(run, monkeypatch):
             if where == "save_checkpoint":
                 patch.setattr(training.base, where, lambda *a, **k: (_ for _ in ()).throw(Killed))
             else:
-                kill_at(patch, "_save_state", 2)
+                kill_at(patch, "save_state", 2)
             run(where)
         assert weights(run(where)) == weights(whole)
 
@@ -205,11 +205,11 @@ def test_flipped_pairs_have_their_labels_exchanged():
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
-    rates = [training._schedule(step, 100, 0.1) for step in range(100)]
+    rates = [training.schedule(step, 100, 0.1) for step in range(100)]
     assert rates[:10] == pytest.approx(np.arange(1, 11) / 10)
     assert rates[10] == 1 and rates[55] == pytest.approx(0.5) and 0 < rates[99] < 1e-3
     assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
-    assert [training._schedule(s, 2, 0.0) for s in range(2)] == [1, 1] and training._schedule(0, 1, 0.1) == 1
+    assert [training.schedule(s, 2, 0.0) for s in range(2)] == [1, 1] and training.schedule(0, 1, 0.1) == 1
 
 
 def test_the_schedule_reaches_the_optimizer(run, monkeypatch):

@@ -193,9 +193,6 @@ def save_state(path: Path, state: dict) -> None:
     write_atomic(path, buffer.getvalue())
 
 
-_save_state, _schedule = save_state, schedule  # the names by which this module's own tests know them
-
-
 @contextlib.contextmanager
 def own_randomness(seed: int):
     """Torch's generators seeded inside, restored outside; nothing else is reseeded."""
@@ -296,7 +293,7 @@ def _fit(accelerator, detector, data, val_data, rows, out: Path, options: Option
         if _best_epoch(history) == len(history) - 1:
             best = {k: v.detach().cpu().clone() for k, v in shown.state_dict().items()}
         state = {"key": key, "history": history, "best": best}
-        _save_state(out / STATE, state | {name: part.state_dict() for name, part in parts.items()})
+        save_state(out / STATE, state | {name: part.state_dict() for name, part in parts.items()})
     final = accelerator.unwrap_model(detector)
     final.load_state_dict(best)
     settings = {k: v for k, v in vars(options).items() if k != "loaders"}
