@@ -227,7 +227,7 @@ def read_scenes(out: str | os.PathLike, rows: pd.DataFrame) -> np.ndarray:
 
 
 def write_rows(rows: pd.DataFrame, path: str | os.PathLike) -> None:
-    """Write the table of `extract` as Parquet, atomically."""
+    """Write a table, such as that of `extract`, as Parquet, atomically."""
     buffer = io.BytesIO()
     rows.to_parquet(buffer, index=False)
     write_atomic(path, buffer.getvalue())

@@ -25,8 +25,8 @@ from unmask.data.crops import CropStore, read_index
 from unmask.data.manifest import read_manifest
 from unmask.detectors import base
 from unmask.evaluation import balanced_threshold
-from unmask.fingerprints import best_device, read_patterns
-from unmask.profile import Profile, write_atomic, write_json
+from unmask.fingerprints import best_device, read_patterns, write_rows
+from unmask.profile import Profile, write_json
 from unmask.progress import track
 from unmask.pseudo_labels import AGREEMENT, CUE, ORIENTATION, face_agreement, pseudo_labels
 from unmask.scoring import frame_images
@@ -149,11 +149,6 @@ def obstacle(labels: pd.DataFrame, share: float) -> str:
     return ""
 
 
-def write_table(df: pd.DataFrame, path: Path) -> None:
-    """Write a table as Parquet, atomically."""
-    write_atomic(path, df.to_parquet(index=False))
-
-
 def label(
     profile: Profile, manifest: pd.DataFrame, clusters: pd.DataFrame, fingerprints: str | os.PathLike,
     crops: str | os.PathLike, out: str | os.PathLike,
@@ -169,12 +164,12 @@ def label(
     detector = contrastive.starting_network(network(profile), profile.unsupervised.init, profile.seed)
     detector = detector.to(best_device())
     features = measure(rows, fingerprints, crops, detector, profile.workers)
-    write_table(features, Path(out) / FEATURES_FILE)
+    write_rows(features, Path(out) / FEATURES_FILE)
     kept = rows["item_id"].isin(set(features.loc[features["split"] != "test", "item_id"]))
     cue = rows["item_id"].map(features.set_index("item_id")[CUE])
     CameraEvidence.fit(fingerprints, rows[kept], cue[kept], profile.seed).save(out)
     labels = label_collection(features, profile.seed)
-    write_table(labels, Path(out) / LABELS_FILE)
+    write_rows(labels, Path(out) / LABELS_FILE)
     return labels
 
 
@@ -211,7 +206,7 @@ def camera_rows(
     matrices = similarities(out / "fingerprints", rows)
     cameras = cluster_rows(matrices, len(rows), profile.cameras.method, profile.seed)
     rows = rows.assign(cluster=cameras, recording=recording_rows(matrices, len(rows)))
-    write_table(rows, out / "clusters.parquet")
+    write_rows(rows, out / "clusters.parquet")
     return rows
 
 
