@@ -37,6 +37,7 @@ except ImportError as error:
 
 HEADING = "## Camera clustering"
 THREADS = 2
+RUN = 10  # frames of a way in a row
 SIDE = 512
 CAMERAS, VALUES, CHUNK, LONERS = 60, 4096, 2000, 0.1
 FULL = {"frame": (720, 1280), "rounds": 7, "stream": (1080, 1920), "frames": (20, 200), "count": 5000,
@@ -91,15 +92,16 @@ def frames(count: int, height: int, width: int) -> Iterator[np.ndarray]:
         yield np.clip(scene + 5 * rng.standard_normal((height, width, 3), dtype=np.float32), 0, 255).astype(np.uint8)
 
 
-def in_turns(ways: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each way, `rounds` times in turns after one warm-up."""
+def in_turns(ways: dict[str, Callable], rounds: int, run: int = 1) -> dict[str, list[float]]:
+    """Seconds per call of each way in runs of `run` calls, `rounds` times in turns after one warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for r in range(rounds + 1):
         for name, way in ways.items():
             start = time.perf_counter()
-            way()
+            for _ in range(run):
+                way()
             if r:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append((time.perf_counter() - start) / run)
     return seconds
 
 
@@ -120,23 +122,26 @@ def residuals(size: tuple[int, int], rounds: int) -> list[str]:
     }
     if torch.cuda.is_available():
         ways["`noise_residual`, GPU"] = lambda: prnu.noise_residual(frame, device="cuda")
-    seconds = in_turns(ways, rounds)
+    seconds, single = in_turns(ways, rounds, RUN), in_turns(ways, rounds)
     agree = {"plain, luma": (kit, luma), "plain, three colours": (kit, colours)}
     lines = [
         f"### Noise residual of a frame of {size[1]}x{size[0]}",
         "",
         "Plain: the definition in float64, frame by frame with PyWavelets and SciPy, which use one thread. Three "
-        "colours are the published definition; the kit takes the luma first. Medians of "
-        f"{rounds} rounds in turns (lowest to highest ratio in brackets). The last columns compare with the kit's.",
+        f"colours are the published definition; the kit takes the luma first. Medians of {rounds} rounds of {RUN} frames "
+        "of each way in turns (lowest to highest ratio in brackets). Single frames in turns are slower: each way then "
+        "pays for fresh memory, which the other has given back. The last columns compare with the kit's result.",
         "",
-        "| way | ms | plain, luma / way | plain, three colours / way | correlation | relative difference |",
-        "|---|---|---|---|---|---|",
+        "| way | ms | plain, luma / way | plain, three colours / way | single frames: ms | plain, luma / way "
+        "| correlation | relative difference |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, values in seconds.items():
         a, b = agree.get(name, (kit, kit))
         same = f"{prnu.ncc(a, b):.5f} | {np.linalg.norm(a - b) / np.linalg.norm(a):.1e}" if a is not b else "|"
         over = " | ".join(ratio(seconds[plain], values) for plain in agree)
-        lines.append(f"| {name} | {1000 * statistics.median(values):.1f} | {over} | {same} |")
+        alone = f"{1000 * statistics.median(single[name]):.1f} | {ratio(single['plain, luma'], single[name])}"
+        lines.append(f"| {name} | {1000 * statistics.median(values):.1f} | {over} | {alone} | {same} |")
     return lines
 
 

@@ -6,6 +6,7 @@ A sensor's photo-response non-uniformity K multiplies the light, I = I0 (1 + K) 
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -22,68 +23,110 @@ DB4 = (
     0.23037781330885523, 0.7148465705525415, 0.6308807679295904, -0.02798376941698385,
     -0.18703481171888114, 0.030841381835986965, 0.032883011666982945, -0.010597401784997278,
 )  # fmt: skip
+ROWS = 4  # rows that a wavelet filter makes at once
 RESOLVED = 1e-10  # variance; a sensor's pattern has 1e-6 and more, rounding of a flat picture 1e-12 and less
 BATCH_PIXELS = 2**20  # frames are denoised in batches of about this many pixels, which bounds the memory
 
 
-def _filters(like: torch.Tensor) -> torch.Tensor:
-    """The four 2-D filters [4,1,8,8]: approximation first, then the three details."""
-    low = torch.tensor(DB4, dtype=like.dtype, device=like.device)
-    high = low.flip(0) * torch.tensor([1.0, -1.0] * 4, dtype=like.dtype, device=like.device)
-    return torch.stack([torch.outer(a, b) for a in (low, high) for b in (low, high)]).unsqueeze(1)
+@lru_cache
+def _filters(dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Filters of `_analyse` [4*ROWS,1,6+2*ROWS,8] and of `_synthesise` [4*ROWS,4,3+ROWS,4]; approximation first.
+
+    Each makes ROWS rows of every band, or ROWS pairs of rows of a plane, at once: sixteen channels fill a vector of
+    the processor, four leave most of it idle.
+    """
+    low = torch.tensor(DB4, dtype=dtype, device=device)
+    high = low.flip(0) * torch.tensor([1.0, -1.0] * 4, dtype=dtype, device=device)
+    bands = torch.stack([torch.outer(a, b) for a in (low, high) for b in (low, high)])  # [4,8,8]
+    # The four phases of the doubled grid, each a plain convolution of the bands: [row phase, column phase, band, 4, 4].
+    phases = bands.view(4, 4, 2, 4, 2).flip(1, 3).permute(2, 4, 0, 1, 3)
+    analysis, synthesis = bands.new_zeros(4, ROWS, 6 + 2 * ROWS, 8), bands.new_zeros(ROWS, 2, 2, 4, 3 + ROWS, 4)
+    for row in range(ROWS):
+        analysis[:, row, 2 * row : 2 * row + 8] = bands
+        synthesis[row, ..., row : row + 4, :] = phases
+    return analysis.view(4 * ROWS, 1, -1, 8), synthesis.view(4 * ROWS, 4, -1, 4)
 
 
-def _mirrored(x: torch.Tensor, axis: int) -> torch.Tensor:
-    """x extended along an axis by half-sample symmetry, as far as a filter of 8 taps and stride 2 reaches."""
-    size = x.shape[axis]
-    ends = x.narrow(axis, 0, 6).flip(axis), x.narrow(axis, size - 6 - size % 2, 6 + size % 2).flip(axis)
-    return torch.cat([ends[0], x, ends[1]], axis)
+def _mirrored(x: torch.Tensor, rows: int) -> torch.Tensor:
+    """x[N,1,H,W] extended by half-sample symmetry, as far as filters of 8 taps and stride 2 reach; zeros to `rows`."""
+    count, _, height, width = x.shape
+    below, right = 6 + height % 2, 6 + width % 2
+    out = x.new_empty(count, 1, rows, 6 + width + right)
+    inner = out[..., 6 : 6 + height, :]
+    inner[..., 6 : 6 + width] = x
+    inner[..., :6] = x[..., :6].flip(-1)
+    inner[..., 6 + width :] = x[..., width - right :].flip(-1)
+    out[..., :6, :] = inner[..., :6, :].flip(-2)
+    out[..., 6 + height : 6 + height + below, :] = inner[..., height - below :, :].flip(-2)
+    out[..., 6 + height + below :, :] = 0
+    return out
 
 
-def _analyse(x: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
-    """One level of the wavelet transform: [N,1,H,W] to [N,4,(H+7)//2,(W+7)//2]."""
-    return F.conv2d(_mirrored(_mirrored(x, -2), -1), filters, stride=2)
+def _analyse(x: torch.Tensor, analysis: torch.Tensor) -> torch.Tensor:
+    """One level of the wavelet transform: [N,1,H,W] to [N,4,h,(W+7)//2].
+
+    The first (H+7)//2 of the h rows count; those below fill the last block of ROWS for `_synthesise`.
+    """
+    blocks = -(-x.shape[-2] // (2 * ROWS)) + 1
+    bands = F.conv2d(_mirrored(x, 2 * ROWS * blocks + 6), analysis, stride=(2 * ROWS, 2))
+    return bands.view(len(x), 4, ROWS, blocks, -1).transpose(2, 3).reshape(len(x), 4, ROWS * blocks, -1)
 
 
-def _synthesise(bands: torch.Tensor, filters: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def _synthesise(bands: torch.Tensor, synthesis: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """The inverse of `_analyse`: [N,4,h,w] to [N,1,height,width]."""
-    # Each of the four phases of the doubled grid is a plain convolution: several times faster than a transposed one.
-    phases = filters.view(4, 4, 2, 4, 2).flip(1, 3).permute(2, 4, 0, 1, 3).reshape(4, 4, 4, 4)
-    return F.pixel_shuffle(F.conv2d(bands, phases), 2)[..., :height, :width]
+    phases = F.conv2d(bands, synthesis, stride=(ROWS, 1))
+    phases = phases.view(len(bands), 2 * ROWS, 2, -1, phases.shape[-1]).transpose(1, 3)  # [N,blocks,column,rows,w]
+    plane = torch.stack([phases[:, :, 0], phases[:, :, 1]], -1)
+    return plane.view(len(bands), 1, -1, 2 * phases.shape[-1])[..., :height, :width]
 
 
-def _local_variance(energy: torch.Tensor, noise: float | torch.Tensor) -> torch.Tensor:
-    """Smallest local mean over the square WINDOWS, less `noise`, at least 0.
+def _least_mean(energy: torch.Tensor) -> torch.Tensor:
+    """Smallest local mean over the square WINDOWS.
 
     `energy` [N,C,H+8,W+8] is padded by four on every side; the answer is [N,C,H,W]. Sums grow from window to window,
     and the minimum runs along, so no stack of windows is ever held.
     """
     height, width = energy.shape[-2] - 8, energy.shape[-1] - 8
-    rows, least = energy[..., 4 : 4 + width].clone(), None
+
+    def below(x: torch.Tensor, k: int) -> torch.Tensor:
+        return x[..., k : k + height, :]
+
+    rows = energy[..., 4 : 4 + width].clone()
+    pairs, square, least = torch.empty_like(rows[..., 1:, :]), torch.empty_like(below(rows, 0)), None
     for r in range(1, 5):
         rows += energy[..., 4 - r : 4 - r + width]
         rows += energy[..., 4 + r : 4 + r + width]
-        square = rows[..., 4 - r : 4 - r + height, :] + rows[..., 5 - r : 5 - r + height, :]
-        for k in range(2, 2 * r + 1):
-            square += rows[..., 4 - r + k : 4 - r + k + height, :]
+        torch.add(rows[..., :-1, :], rows[..., 1:, :], out=pairs)
+        torch.add(below(pairs, 4 - r), below(rows, 4 + r), out=square)
+        for k in range(6 - r, 4 + r, 2):
+            square += below(pairs, k)
         square *= 1 / (2 * r + 1) ** 2
-        least = square if least is None else torch.minimum(least, square, out=least)
-    return least.sub_(noise).clamp_(min=0)
+        least = square.clone() if least is None else torch.minimum(least, square, out=least)
+    return least
+
+
+def _noise_share(energy: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Wiener filter: the share noise / (variance + noise) of each coefficient, variance = max(energy - noise, 0).
+
+    `energy` as in `_least_mean`.
+    """
+    return _least_mean(energy).clamp_(min=noise).reciprocal_().mul_(noise)
 
 
 def _denoised_rest(planes: torch.Tensor, sigma: float) -> torch.Tensor:
     """What the wavelet-domain Wiener filter takes away from planes [N,H,W] in grey levels (Mihcak et al. 1999)."""
-    filters, x, noise, levels = _filters(planes), planes.unsqueeze(1), sigma**2, []
+    x, noise, levels = planes.unsqueeze(1), planes.new_tensor(sigma**2), []
+    analysis, synthesis = _filters(planes.dtype, planes.device)
     for _ in range(LEVELS):
-        bands = _analyse(x, filters)
-        levels.append((bands, x.shape[-2:]))
-        x, details = bands[:, :1], bands[:, 1:]
-        variance = _local_variance(F.pad(details.square(), (4, 4, 4, 4)), noise)
-        details /= variance.div_(noise).add_(1)
+        size = x.shape[-2:]
+        bands = _analyse(x, analysis)
+        x, details = (part[..., : (size[0] + 7) // 2, :] for part in (bands[:, :1], bands[:, 1:]))
+        details *= _noise_share(F.pad(details.square(), (4, 4, 4, 4)), noise)
+        levels.append((bands, x, size))
     rest = torch.zeros_like(x)
-    for bands, size in reversed(levels):
-        bands[:, :1] = rest
-        rest = _synthesise(bands, filters, *size)
+    for bands, approximation, size in reversed(levels):
+        approximation.copy_(rest)
+        rest = _synthesise(bands, synthesis, *size)
     return rest.squeeze(1)
 
 
@@ -93,14 +136,19 @@ def zero_mean(x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor
     That takes away what cameras of a kind share: the colour filter's and the encoder's linear patterns (Chen et al.
     2008, section IV-A). `mask` bool[...,H,W]: pixels that count; the others become 0.
     """
+    if mask is None:  # all four grids in two products of rank two
+        even, odd = (torch.arange(max(x.shape[-2:]), device=x.device) % 2 == k for k in (0, 1))
+        parity = torch.stack([even, odd], -1).to(x.dtype)  # [.,2]
+        down, across = parity[: x.shape[-2]], parity[: x.shape[-1]].T
+        rows = torch.stack([x[..., 0::2].mean(-1), x[..., 1::2].mean(-1)], -1)  # [...,H,2]
+        columns = torch.stack([x[..., 0::2, :].mean(-2), x[..., 1::2, :].mean(-2)], -2)  # [...,2,W]
+        means = torch.stack([columns[..., 0::2].mean(-1), columns[..., 1::2].mean(-1)], -1)
+        x -= rows @ across
+        x -= down @ (columns - means @ across)
+        return x
     for dy in (0, 1):
         for dx in (0, 1):
-            part = x[..., dy::2, dx::2]
-            if mask is None:
-                rows, columns = part.mean(-1, keepdim=True), part.mean(-2, keepdim=True)
-                part -= rows + (columns - rows.mean(-2, keepdim=True))
-                continue
-            keep = mask[..., dy::2, dx::2]
+            part, keep = x[..., dy::2, dx::2], mask[..., dy::2, dx::2]
             for axes in ((-2, -1), *((-1,), (-2,)) * 5):  # beside a hole, rows and columns are not independent
                 total = torch.where(keep, part, 0).sum(axes, keepdim=True)
                 part -= total / keep.sum(axes, keepdim=True).clamp(min=1)
@@ -114,20 +162,25 @@ def _whitened(x: torch.Tensor, noise: torch.Tensor, reference: bool) -> torch.Te
     The reference works on the whole plane with windows that end at its border; otherwise half the plane is computed
     and windows go round, which differs in the four outermost frequencies only.
     """
-    height, width = x.shape[-2:]
-    spectrum = torch.fft.fft2(x) if reference else torch.fft.rfft2(x)
-    energy = (spectrum.real.square().add_(spectrum.imag.square()) / (height * width)).unsqueeze(1)
+    size = x.shape[-2:]
+    spectrum = torch.fft.fft2(x, norm="ortho") if reference else torch.fft.rfft2(x, norm="ortho")
+    count, height, width = spectrum.shape
+    framed = x.new_zeros(count, 1, height + 8, width + 8)
+    energy = framed[:, 0, 4:-4, 4:-4]
+    energy.copy_((spectrum * spectrum.conj()).real)
+    if not reference:  # |F(-u, v)| lies beyond the two ends of the half plane
+        last = width - 1 + size[1] % 2
+        for columns, to in (
+            (energy[..., 1:5], framed[:, 0, 4:-4, :4]),
+            (energy[..., last - 4 : last], framed[:, 0, 4:-4, -4:]),
+        ):
+            to.copy_(columns.flip(-2, -1).roll(1, -2))
+        framed[..., :4, :] = framed[..., -8:-4, :]
+        framed[..., -4:, :] = framed[..., 4:8, :]
+    spectrum *= _noise_share(framed, noise).squeeze(1)
     if reference:
-        energy = F.pad(energy, (4, 4, 4, 4))
-    else:
-        other = energy.flip(-2).roll(1, -2)  # |F(-u, v)|: what lies beyond the two ends of the half plane
-        last = energy.shape[-1] - 1
-        right = other[..., last - 4 + width % 2 : last + width % 2].flip(-1)
-        energy = torch.cat([other[..., 1:5].flip(-1), energy, right], -1)
-        energy = torch.cat([energy[..., -4:, :], energy, energy[..., :4, :]], -2)
-    variance = _local_variance(energy, noise).squeeze(1)
-    spectrum *= noise.squeeze(1) / (variance + noise.squeeze(1))
-    return torch.fft.ifft2(spectrum).real if reference else torch.fft.irfft2(spectrum, s=(height, width))
+        return torch.fft.ifft2(spectrum, norm="ortho").real
+    return torch.fft.irfft2(spectrum, s=size, norm="ortho")
 
 
 def _cleaned(x: torch.Tensor, mask: torch.Tensor | None = None, reference: bool = False) -> torch.Tensor:
@@ -157,6 +210,15 @@ def _checked(images: np.ndarray) -> np.ndarray:
     return batch
 
 
+def _keep_memory() -> None:
+    """Let the allocator keep what one batch frees for the next: fresh pages cost as much as the arithmetic on them.
+
+    glibc returns the free top of its heap beyond twice the largest block that it has seen unmapped; one untouched block
+    of 31 MiB, just below its limit, ends that. It costs microseconds and does nothing elsewhere.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8)
+
+
 def _batches(count: int, pixels: int) -> Iterable[slice]:
     step = max(1, BATCH_PIXELS // pixels)
     return (slice(i, min(i + step, count)) for i in range(0, count, step))
@@ -173,6 +235,7 @@ def noise_residual(image: np.ndarray, sigma: float = SIGMA, reference: bool = Fa
     pixels.
     """
     batch = _checked(image)
+    _keep_memory()
     out = np.empty(batch.shape[:3], np.float32)
     for part in _batches(len(batch), batch.shape[1] * batch.shape[2]):
         frames = torch.from_numpy(np.ascontiguousarray(batch[part])).to(device)
