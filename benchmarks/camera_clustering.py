@@ -128,9 +128,9 @@ def residuals(size: tuple[int, int], rounds: int) -> list[str]:
         f"### Noise residual of a frame of {size[1]}x{size[0]}",
         "",
         "Plain: the definition in float64, frame by frame with PyWavelets and SciPy, which use one thread. Three "
-        f"colours are the published definition; the kit takes the luma first. Medians of {rounds} rounds of {RUN} frames "
-        "of each way in turns (lowest to highest ratio in brackets). Single frames in turns are slower: each way then "
-        "pays for fresh memory, which the other has given back. The last columns compare with the kit's result.",
+        f"colours are the published definition; the kit takes the luma first. Medians of {rounds} rounds of {RUN} "
+        "frames of each way in turns (lowest to highest ratio in brackets); single frames in turns scatter more, for "
+        "each way may pay for memory that the other has given back. The last columns compare with the kit's result.",
         "",
         "| way | ms | plain, luma / way | plain, three colours / way | single frames: ms | plain, luma / way "
         "| correlation | relative difference |",
