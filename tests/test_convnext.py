@@ -1,18 +1,19 @@
 """The ConvNeXt detector: shapes, masks, gradients, its fixed filters, and checkpoints that are refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from unmask.detectors import base
+from unmask.detectors import base, convnext
 from unmask.detectors.base import CheckpointError, load_checkpoint, masked_mean, save_checkpoint
 from unmask.detectors.convnext import SRM, SRMBranch
 
 
-def make(frequency="srm", size=64, **options):
+def make(frequency="srm", size=64, backbone="test_convnext", **options):
     torch.manual_seed(0)
-    return base.build("convnext", backbone="test_convnext", frequency=frequency, size=size, **options).eval()
+    return base.build("convnext", backbone=backbone, frequency=frequency, size=size, **options).eval()
 
 
 def clips(b=2, t=3, size=64):
@@ -65,6 +66,26 @@ def test_every_parameter_gets_a_gradient(frequency):
     assert not without
     assert len(detector.trainable_parameters()) == len(list(detector.parameters()))
     assert any(name.startswith("frequency.") for name, _ in detector.named_parameters()) == (frequency == "srm")
+
+
+def test_without_layer_scale_the_blocks_count_from_the_start():
+    def effect(**options):
+        """How much the blocks of the last stage change what passes through them."""
+        net = make("none", **options).backbone
+        x = net.stages[3].downsample(torch.randn(1, net.feature_info[2]["num_chs"], 4, 4))
+        return ((net.stages[3].blocks(x) - x).norm() / x.norm()).item()
+
+    assert effect(layer_scale=True) < 1e-4 < 1e-2 < effect()
+    assert make("none").config["layer_scale"] is False
+    assert not any(name.endswith("gamma") for name in make("none", backbone="convnextv2_atto").state_dict())
+
+
+@pytest.mark.parametrize("layer_scale", [True, False])
+def test_the_weights_that_come_with_the_kit_fit(layer_scale):
+    weights, card = base.read_checkpoint(Path(convnext.__file__).parents[1] / "weights/convnext-demo")
+    detector = base.build("convnext", **card["config"] | {"layer_scale": layer_scale})
+    detector.load_state_dict(weights)
+    assert detector.backbone.stages[0].blocks[0].gamma.abs().max() < 0.2
 
 
 def test_the_high_pass_filters_see_noise_and_nothing_smooth():

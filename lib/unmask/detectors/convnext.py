@@ -47,8 +47,8 @@ class ConvNeXt(Detector):
 
     backbone: a timm name. frequency: "none" (RGB alone) or "srm" (an `SRMBranch` is added to the output of the stem).
     pretrained: start from timm's weights. size: crop size in pixels, a multiple of 32. drop_path: stochastic depth.
-    layer_scale: keep timm's layer scale; by default only with pretrained weights, for it starts at 1e-6, which is
-    made for 300 epochs, and short training from random weights never gets past it.
+    layer_scale: start the blocks at timm's layer scale of 1e-6 instead of 1; by default only with pretrained weights,
+    for it is made for 300 epochs, and short training from random weights never gets past it.
     """
 
     def __init__(
@@ -70,7 +70,8 @@ class ConvNeXt(Detector):
             "layer_scale": layer_scale,
         }
         self.input_spec = InputSpec(size)
-        options = {} if layer_scale else {"ls_init_value": None}
+        # Not None, which timm drops from the options, to leave its 1e-6. The second version has no layer scale at all.
+        options = {} if layer_scale or backbone.startswith("convnextv2") else {"ls_init_value": 1.0}
         self.backbone = timm.create_model(
             backbone, pretrained=pretrained, num_classes=0, drop_path_rate=drop_path, **options
         )

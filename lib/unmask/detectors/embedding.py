@@ -30,11 +30,6 @@ class Embedding(Detector):
             # Its own heads would be weights that nothing trains.
             self.body.head, self.body.boundary_head = nn.Identity(), nn.Identity()
             self.config["layer_scale"] = self.body.config["layer_scale"]
-            if not self.config["layer_scale"]:
-                # timm takes no answer of None, so the blocks have their layer scale of 1e-6 all the same: undone here.
-                for name, scale in self.body.named_parameters():
-                    if name.endswith(".gamma"):
-                        nn.init.ones_(scale)
         elif frequency != "none" or layer_scale is not None:
             raise ValueError(f"frequency and layer_scale are for a ConvNeXt, not for '{backbone}'.")
         else:
