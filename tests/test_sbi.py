@@ -402,6 +402,91 @@ def test_randomness_used_does_not_depend_on_the_picture(recipe):
         assert ends[0] == ends[1]
 
 
+# --- clips ---------------------------------------------------------------------------------------------------------
+
+
+def same(one, other):
+    """Two draws are equal in every field but position and brightness in a clip."""
+    fields = [name for name in vars(one) if name not in ("offset", "flicker", "noise", "colour")]
+    colours = zip(vars(one.colour).values(), vars(other.colour).values(), strict=True)
+    return (
+        all(getattr(one, name) == getattr(other, name) for name in fields)
+        and np.array_equal(one.noise, other.noise)
+        and all((a is None and b is None) or np.array_equal(a, b) for a, b in colours)
+    )
+
+
+def test_a_still_clip_repeats_one_draw_of_its_seed():
+    clip = sbi.draw_clip(np.random.default_rng(4), 6, "faithful")
+    assert len(clip) == 6 and all(same(draw, sbi.draw_blend(np.random.default_rng(4), "faithful")) for draw in clip)
+    assert all(draw.offset == (0, 0) and draw.flicker == 0 for draw in clip)
+    fakes = [sbi.blend(cartoon(), face(), draw, "faithful").fake for draw in clip]
+    assert all(np.array_equal(fake, fakes[0]) for fake in fakes)
+
+
+def test_motion_and_flicker_have_their_sizes_and_leave_all_else_alone():
+    """2,000 frames. Blurring white noise with sigma 4 makes neighbours correlate as exp(-lag^2 / 4 sigma^2)."""
+    sizes = {"drift": 0.03, "jitter": 0.02, "flicker": 0.05}
+    for name, size in sizes.items():
+        clip = sbi.draw_clip(np.random.default_rng(9), 2000, **{name: size})
+        assert all(same(draw, clip[0]) for draw in clip) and same(clip[0], sbi.draw_blend(np.random.default_rng(9)))
+        offsets, levels = np.array([draw.offset for draw in clip]), np.array([draw.flicker for draw in clip])
+        moving, still = (levels[:, None], offsets) if name == "flicker" else (offsets, levels)
+        assert not still.any()
+        # Drift: about 2000 / (2 sqrt(pi) 4) = 141 independent values per axis, four errors of their deviation 24 %.
+        np.testing.assert_allclose(moving.std(0), size, rtol=0.24 if name == "drift" else 0.07)
+        for lag in (1, 4, 8):
+            together = (moving[lag:] * moving[:-lag]).mean(0) / (moving**2).mean(0)
+            expected = np.exp(-(lag**2) / (4 * 4**2)) if name == "drift" else 0
+            np.testing.assert_allclose(together, expected, atol=0.25 if name == "drift" else 0.09)
+    assert (
+        abs(np.corrcoef(np.array([d.offset for d in sbi.draw_clip(np.random.default_rng(2), 2000, jitter=1)]).T)[0, 1])
+        < 0.09
+    )
+
+
+def test_all_three_add_up_and_short_clips_move_as_long_ones():
+    one, two = (sbi.draw_clip(np.random.default_rng(1), 8, **k) for k in ({"drift": 0.1}, {"jitter": 0.1}))
+    both = sbi.draw_clip(np.random.default_rng(1), 8, drift=0.1, jitter=0.1, flicker=0.3)
+    for a, b, c in zip(one, two, both, strict=True):
+        np.testing.assert_allclose(np.add(a.offset, b.offset), c.offset)
+    ends = np.array([[d.offset for d in sbi.draw_clip(np.random.default_rng(s), 4, drift=1.0)] for s in range(500)])
+    np.testing.assert_allclose(ends.std(axis=0), 1, rtol=0.13)
+    np.testing.assert_allclose(np.diff(ends, axis=1).std(), np.sqrt(2 - 2 * np.exp(-1 / 64)), rtol=0.13)
+
+
+@pytest.mark.parametrize("recipe", sbi.RECIPES)
+def test_offset_moves_copy_and_mask_by_the_width_of_the_face(recipe):
+    """Half a picture's side more or less changes nothing: the unit is the face, not the picture."""
+    for side in (160, 240):
+        points = face((80, 84), 60)  # 68-point box is 60 px wide
+        image = cartoon(side, side, points)
+        rest = sbi.blend(image, points, fixed_draw(), recipe)
+        moved = sbi.blend(image, points, fixed_draw(offset=(0.1, -0.05)), recipe)
+        shift = np.subtract(ndimage.center_of_mass(moved.mask), ndimage.center_of_mass(rest.mask))
+        np.testing.assert_allclose(shift, [-3, 6], atol=0.2)
+        inner = np.index_exp[78:90, 78:90]
+        assert rest.mask[inner].min() > 0.999 and moved.mask[inner].min() > 0.999
+        assert np.abs(moved.fake[inner].astype(int) - image[81:93, 72:84]).max() <= 1
+        outside = moved.mask == 0
+        assert np.array_equal(moved.fake[outside], image[outside]) and np.array_equal(moved.real, image)
+
+
+def test_flicker_brightens_the_copy_alone():
+    image = np.full((96, 96, 3), (250, 90, 3), np.uint8)
+    for level, copy in ((0.1, (255, 115.5, 28.5)), (-0.1, (224.5, 64.5, 0))):
+        result = sbi.blend(image, face((48, 52), 50), fixed_draw(flicker=level, ratio=0.5))
+        weight = result.mask[..., None]
+        assert np.abs(result.fake - (weight * np.array(copy) + (1 - weight) * image)).max() <= 0.51
+        assert np.array_equal(result.real, image)
+
+
+def test_clips_say_what_they_need():
+    for arguments in ({"frames": 0}, {"frames": 3, "drift": -0.1}, {"frames": 3, "flicker": np.nan}):
+        with pytest.raises(ValueError, match="0 or more"):
+            sbi.draw_clip(np.random.default_rng(0), **arguments)
+
+
 # --- pairs and edges -----------------------------------------------------------------------------------------------
 
 

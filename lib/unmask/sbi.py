@@ -17,7 +17,7 @@ Choices where paper, published code and robustness differ:
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -39,7 +39,7 @@ from unmask.hulls import (
 
 __all__ = [
     "RECIPES", "BlendDraw", "ColourDraw", "ColourRange", "Recipe", "SelfBlend", "augment_pair", "blend", "crop",
-    "crop_box", "draw_blend", "flip", "loose_box", "sample_rng", "self_blend", "training_pair",
+    "crop_box", "draw_blend", "draw_clip", "flip", "loose_box", "sample_rng", "self_blend", "training_pair",
 ]  # fmt: skip
 
 
@@ -100,6 +100,9 @@ RECIPES = {
 }
 
 
+_DRIFT_SIGMA = 4.0  # frames: smoothness of the drift in a clip
+
+
 @dataclass(frozen=True)
 class ColourDraw:
     """One colour change; None stands for a step that is left out."""
@@ -127,6 +130,8 @@ class BlendDraw:
     blur_kernel: int
     blur_sigma: int
     ratio: float
+    offset: tuple[float, float] = (0.0, 0.0)  # of copy and mask, share of the face's width; clips only
+    flicker: float = 0.0  # added brightness of the copy, share of 255; clips only
 
 
 @dataclass(frozen=True)
@@ -195,6 +200,40 @@ def draw_blend(rng: np.random.Generator, recipe: str | Recipe = "intended") -> B
     )
 
 
+def draw_clip(
+    rng: np.random.Generator,
+    frames: int,
+    recipe: str | Recipe = "intended",
+    drift: float = 0.0,
+    jitter: float = 0.0,
+    flicker: float = 0.0,
+) -> list[BlendDraw]:
+    """One self-blend for all `frames` of a clip (self-blended video; idea of FakeSTormer, 2025): a draw per frame.
+
+    Only position and brightness of the blended copy differ between the frames; each is normally distributed with the
+    standard deviation given. drift: smooth motion, share of the face's width and per axis (its speed is drift / 5.7 a
+    frame). jitter: the same, but independent in every frame. flicker: brightness, share of 255, independent in every
+    frame. All 0: the same draw on every frame. A flip is the caller's: once for the whole clip. The dice fall alike
+    whatever the three are, so the same seed gives the same blend with and without them. ValueError for a negative or
+    infinite value or less than one frame.
+    """
+    if frames < 1 or not all(np.isfinite(size) and size >= 0 for size in (drift, jitter, flicker)):
+        raise ValueError("a clip needs at least one frame, and drift, jitter and flicker must be 0 or more")
+    base = draw_blend(rng, recipe)
+    # White noise blurred in time, taken where the blur is whole, so that the motion is alike at all frames.
+    reach = int(4 * _DRIFT_SIGMA)
+    taps = np.exp(-0.5 * (np.arange(-reach, reach + 1) / _DRIFT_SIGMA) ** 2)
+    taps /= np.sqrt((taps**2).sum())
+    white = rng.standard_normal((2, frames + 2 * reach))
+    smooth = np.stack([np.convolve(axis, taps, "valid") for axis in white], axis=1)
+    offsets = drift * smooth + jitter * rng.standard_normal((frames, 2))
+    levels = flicker * rng.standard_normal(frames)
+    return [
+        replace(base, offset=(float(x), float(y)), flicker=float(level))
+        for (x, y), level in zip(offsets, levels, strict=True)
+    ]
+
+
 def _to_uint8(pixels: np.ndarray) -> np.ndarray:
     return np.rint(np.clip(pixels, 0, 255)).astype(np.uint8)
 
@@ -243,11 +282,17 @@ def _transform(image: np.ndarray, draw: BlendDraw, recipe: Recipe) -> np.ndarray
     return np.clip(cv2.filter2D(_recolour(image, draw.colour, recipe.single), -1, kernel), 0, 255)
 
 
-def _affine(shape: tuple[int, int], draw: BlendDraw) -> np.ndarray:
+def _clip_offset(draw: BlendDraw, points: np.ndarray) -> np.ndarray:
+    """float64[2], px: where the blended copy stands in this frame of a clip."""
+    return np.multiply(draw.offset, np.ptp(points[:68, 0]))
+
+
+def _affine(shape: tuple[int, int], draw: BlendDraw, points: np.ndarray) -> np.ndarray:
     """float64[2,3]: scale about the picture's centre, then translate; maps old pixel positions to new ones."""
     height, width = shape
     centre = np.array([(width - 1) / 2, (height - 1) / 2])
     offset = centre - np.multiply(draw.scale, centre) + np.multiply(draw.translate, (width, height))
+    offset += _clip_offset(draw, points)
     return np.column_stack([np.diag(draw.scale), offset])
 
 
@@ -257,8 +302,8 @@ def _mask(points: np.ndarray, shape: tuple[int, int], draw: BlendDraw, recipe: R
     zoom = 1.0 if recipe.elastic_face is None else float(max(box[2:] - box[:2])) / recipe.elastic_face
     softness = (draw.soft_shape, draw.erode_kernel, draw.blur_kernel, draw.blur_sigma)
     hull = hull_mask(points[:68] if draw.first_68 else points, shape, draw.hull)
-    moved = cv2.warpAffine(hull, _affine(shape, draw), shape[::-1])
-    centre = (box[:2] + box[2:]) / 2
+    moved = cv2.warpAffine(hull, _affine(shape, draw, points), shape[::-1])
+    centre = (box[:2] + box[2:]) / 2 + _clip_offset(draw, points)  # the bent outline moves along
     bent = elastic(moved, draw.noise, centre, recipe.elastic_std * zoom, recipe.elastic_sigma * zoom)
     mask = soften(bent, *softness)
     if not mask.any():  # a sliver of a face at the picture's edge was moved out of it
@@ -277,11 +322,13 @@ def blend(image: np.ndarray, landmarks: np.ndarray, draw: BlendDraw, recipe: str
     altered = _transform(image, draw, recipe)
     source, real = (altered, image.copy()) if draw.transform_source else (image, _to_uint8(altered))
     x0, y0, x1, y1 = support(mask)
-    move = _affine(shape, draw)
+    move = _affine(shape, draw, points)
     move[:, 2] -= x0, y0
     moved = cv2.warpAffine(
         source.astype(np.float32), move, (x1 - x0, y1 - y0), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
     )
+    if draw.flicker:
+        moved = np.clip(moved + np.float32(255 * draw.flicker), 0, 255)
     weight = mask[y0:y1, x0:x1, None]
     fake = real.copy()
     fake[y0:y1, x0:x1] = _to_uint8(weight * moved + (1 - weight) * real[y0:y1, x0:x1])
