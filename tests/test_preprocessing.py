@@ -157,6 +157,34 @@ def test_changed_settings_discard_the_old_crops(world, tmp_path, capsys):
     assert not (tmp_path / "out" / "crops.parquet").exists()
 
 
+def test_dense_sampling_is_told_to_whoever_repeats_it(world, tmp_path, capsys):
+    items = preprocess(world, tmp_path / "out", frames=4, size=32, workers=0, sampling="dense", fps=12.5)
+    assert items["frames"].tolist() == [4, 4, 0, 4, 4, 4]
+    index = read_index(tmp_path / "out")
+    first = index[index["item_id"] == items["item_id"][0]]  # twelve frames, 25 a second: the middle is 5.5
+    assert first["frame"].tolist() == [2, 4, 6, 8] and np.allclose(first["pts"], [0.08, 0.16, 0.24, 0.32])
+    told = CropStore(tmp_path / "out").settings()
+    assert (told["frames"], told["sampling"], told["fps"]) == (4, "dense", 12.5)
+    preprocess(world, tmp_path / "again", locator="annotations", workers=0, **told)
+    assert shards(tmp_path / "again") == shards(tmp_path / "out")
+    preprocess(world, tmp_path / "again", workers=0, **told | {"sampling": "uniform"})
+    assert "settings have changed" in capsys.readouterr().err
+    preprocess(world, tmp_path / "even", frames=4, size=32, workers=0)
+    assert shards(tmp_path / "again") == shards(tmp_path / "even")
+
+
+def test_crops_from_before_there_was_a_choice_are_kept(world, tmp_path, monkeypatch, capsys):
+    preprocess(world, tmp_path / "out", frames=2, workers=0)
+    path = tmp_path / "out" / "settings.json"
+    old = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("sampling", "fps")}
+    path.write_text(json.dumps(old))
+    told = CropStore(tmp_path / "out").settings()
+    assert (told["sampling"], told["fps"]) == ("uniform", 0)
+    monkeypatch.setattr(preprocessing, "process_item", lambda *_: pytest.fail("done again"))
+    preprocess(world, tmp_path / "out", frames=2, workers=0)
+    assert capsys.readouterr().err == ""
+
+
 def test_dead_worker_costs_only_its_item():
     items = [Item(f"{i:016x}", f"{i}", "") for i in range(6)]
 
@@ -198,7 +226,7 @@ def test_kill_and_rerun_gives_identical_shards(world, tmp_path):
 def test_refusals_come_before_any_work(world, tmp_path, monkeypatch):
     monkeypatch.setenv("UNMASK_MODELS", str(tmp_path))
     for error, options in ((LocatorError, {"locator": "yunet"}), (ValueError, {"encoding": "webp"}),
-                           (ValueError, {"shard": (2, 2)})):  # fmt: skip
+                           (ValueError, {"shard": (2, 2)}), (ValueError, {"sampling": "x"})):  # fmt: skip
         with pytest.raises(error):
             preprocess(world, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()

@@ -17,6 +17,7 @@ from conftest import moving_frames, textured_frames
 from PIL import Image
 
 from unmask.data import decoding, video
+from unmask.data.frames import in_a_row
 from unmask.data.video import MediaError, encode, probe, read_frames
 
 
@@ -77,6 +78,82 @@ def test_frames_are_spread_over_the_whole_clip(tmp_path, make_clip):
     assert read_frames(path, 99).indices.tolist() == list(range(40))
     with pytest.raises(ValueError, match="at least one"):
         read_frames(path, 0)
+
+
+@pytest.mark.parametrize(
+    ("count", "fps", "expected"),  # of 48 frames, 25 a second: the middle lies at frame 23.5
+    [
+        (8, 0, [20, 21, 22, 23, 24, 25, 26, 27]),
+        (3, 0, [22, 23, 24]),
+        (4, 5, [16, 21, 26, 31]),
+        (5, 12.5, [19, 21, 23, 25, 27]),  # 19.5 onwards, and of two frames as near the earlier
+        (5, 10, [18, 20, 23, 25, 28]),  # every two and a half frames, without drift
+        (4, 60, [22, 23, 24, 25]),  # faster than the clip
+        (1, 5, [23]),
+        (8, 2, [5, 17, 30, 42]),  # 1.88 s hold four points half a second apart
+        (99, 0, list(range(48))),
+    ],
+)
+def test_dense_frames_follow_each_other_in_the_middle(tmp_path, count, fps, expected):
+    shades = [np.full((64, 64, 3), 20 + 4 * i, np.uint8) for i in range(48)]
+    path = encode(tmp_path / "shades.mp4", shades, bframes=3, gop=12, crf=10)
+    clip = read_frames(path, count, sampling="dense", fps=fps)
+    facts, frames = decoding.read(str(path), count, None, ["pyav"], sampling="dense", fps=fps)
+    assert (clip.decoder, facts["decoder"]) == ("decord", "pyav")
+    for indices, pts, pictures in ((clip.indices, clip.pts, clip.frames), (facts["indices"], facts["pts"], frames)):
+        assert np.asarray(indices).tolist() == expected and np.allclose(pts, np.array(expected) / 25)
+        assert [round((picture.mean() - 20) / 4) for picture in pictures] == expected
+
+
+def test_dense_frames_of_a_variable_rate_keep_the_stride_in_seconds(tmp_path):
+    ticks = [0, 100, 200, 300, 320, 340, 360, 380, 400, 500, 640, 700, 800]
+    path = write_vfr(tmp_path / "vfr.mp4", ticks)
+    clip = read_frames(path, 5, sampling="dense", fps=5)
+    assert clip.decoder == "decord" and clip.indices.tolist() == [0, 2, 8, 10, 12]
+    assert decoding.read(str(path), 5, None, ["pyav"], sampling="dense", fps=5)[0]["indices"] == [0, 2, 8, 10, 12]
+    assert np.allclose(clip.pts - clip.pts[0], [0, 0.2, 0.4, 0.64, 0.8], atol=2e-3)
+
+
+def test_dense_frames_are_the_nearest_in_time():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        times = rng.uniform(0, 9) + np.cumsum(rng.choice([0.01, 0.04, 0.1, 2.0], rng.integers(2, 80)))
+        count, fps = int(rng.integers(1, 12)), float(rng.uniform(0.2, 0.9) / np.median(np.diff(times)))
+        chosen = in_a_row(times, count, fps)
+        grid = times[chosen[0]] + np.arange(count) / fps
+        nearest = {int(np.abs(times - t).argmin()) for t in grid if t <= times[-1]}
+        assert nearest <= set(chosen) <= nearest | {len(times) - 1} and (np.diff(chosen) > 0).all()
+        assert len(chosen) <= min(count, (times[-1] - times[0]) * fps + 1.1)
+
+
+def test_dense_frames_of_a_shorter_clip_than_promised(tmp_path, make_clip):
+    path = make_clip(tmp_path / "clip.mp4", count=24)
+    found = decoding.scan(str(path))
+    found.pts, found.intact = np.arange(40) / 25, False
+    view = decoding.View(sampling="dense", fps=12.5)
+    assert decoding._with_pyav(str(path), 4, None, found, view)[1].tolist() == [8, 10, 12, 14]
+
+
+def test_dense_frames_of_pictures(tmp_path):
+    shades = [Image.new("RGB", (32, 32), (20 * v, 0, 0)) for v in range(10)]
+    shades[3].save(tmp_path / "still.png")
+    still = read_frames(tmp_path / "still.png", 4, sampling="dense", fps=5)
+    assert still.frames.shape == (1, 32, 32, 3) and still.frames[0, 0, 0, 0] == 60
+    times = [40] * 4 + [200] * 6  # milliseconds: frames at 0, 40, 80, 120, 160, 360, 560, 760, 960, 1160
+    shades[0].save(tmp_path / "a.gif", save_all=True, append_images=shades[1:], duration=times)
+    clip = read_frames(tmp_path / "a.gif", 3, sampling="dense", fps=2.5)
+    assert clip.indices.tolist() == [4, 6, 8] and clip.frames[:, 0, 0, 0].tolist() == [80, 120, 160]
+    assert np.allclose(clip.pts, [0.16, 0.56, 0.96])
+    assert read_frames(tmp_path / "a.gif", 3, sampling="dense").indices.tolist() == [3, 4, 5]
+
+
+@pytest.mark.parametrize("request_", [{"sampling": "densely"}, {"sampling": "dense", "fps": -1},
+                                      {"sampling": "dense", "fps": float("nan")}])  # fmt: skip
+def test_senseless_sampling_is_refused(tmp_path, make_clip, request_):
+    with pytest.raises(ValueError, match="sampling"):
+        read_frames(make_clip(tmp_path / "clip.mp4"), 1, **request_)
+    with pytest.raises(ValueError, match="Key frames"):
+        read_frames(tmp_path / "clip.mp4", 1, keyframes=True, sampling="dense")
 
 
 @pytest.mark.parametrize("degrees", [90, 180, 270])

@@ -21,6 +21,7 @@ from joblib.externals.loky import ProcessPoolExecutor
 
 from unmask.data.crops import (
     ITEMS_SCHEMA,
+    SAMPLING_BEFORE,
     CropStore,
     CropWriter,
     collate,
@@ -30,6 +31,7 @@ from unmask.data.crops import (
     to_table,
 )
 from unmask.data.faces import AnnotationLocator, FaceLocator, LocatorError, build_locator, landmarks_of, track
+from unmask.data.frames import check_sampling
 from unmask.data.landmarks import eye_angle, stabilised_box
 from unmask.data.manifest import ManifestError, media_path, read_manifest
 from unmask.data.video import Clip, MediaError, read_frames
@@ -55,6 +57,8 @@ class Settings:
     shards: int
     max_side: int = MAX_SIDE
     version: int = 1
+    sampling: str = "uniform"
+    fps: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,8 @@ def process_item(item: Item, settings: Settings) -> Result:
     try:
         if item.fault:
             raise _Reject(item.fault)
-        clip = read_frames(item.media, settings.frames, settings.deadline, settings.max_side)
+        sampling = {"sampling": settings.sampling, "fps": settings.fps}
+        clip = read_frames(item.media, settings.frames, settings.deadline, settings.max_side, **sampling)
         row |= {"frames": len(clip.frames), "decoder": clip.decoder}
         if min(clip.width, clip.height) < MIN_SIDE:
             raise _Reject(f"frame smaller than {MIN_SIDE} pixels")
@@ -234,6 +239,14 @@ def _items(manifest_path: Path) -> list[Item]:
     return items
 
 
+def _holds(path: Path, settings: Settings) -> bool:
+    """Whether a settings.json says the same, sampling as it was before there was a choice included."""
+    try:
+        return SAMPLING_BEFORE | json.loads(path.read_text(encoding="utf-8")) == asdict(settings)
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def _prepare(out: Path, settings: Settings) -> None:
     """Make the folder fit the settings: crops made with other settings are discarded, never mixed."""
     out.mkdir(parents=True, exist_ok=True)
@@ -241,7 +254,7 @@ def _prepare(out: Path, settings: Settings) -> None:
     # Jobs of one array start together: only the first may discard, the others find its settings.
     with open(out / "settings.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if path.exists() and path.read_text() == wanted:
+        if _holds(path, settings):
             return
         old = [p for p in (out / "shards").glob("crops-*") if not p.name.endswith(".lock")]
         old += [p for p in (out / "crops.parquet", out / "items.parquet") if p.exists()]
@@ -266,22 +279,27 @@ def preprocess(
     encoding: str = "png",
     shard: tuple[int, int] = (0, 1),
     workers: int = 2,
+    sampling: str = "uniform",
+    fps: float = 0.0,
 ) -> pd.DataFrame:
     """Cut face crops of all items of a manifest into the folder `out`; returns their items table.
 
-    `frames` per item spread over the clip, crops of `size` pixels with `margin` (share of the face) on each side,
-    `deadline` seconds of decoding per item. `shard=(i, n)` does every n-th item from the i-th on, for job arrays; the
-    call that completes the last shard writes crops.parquet and items.parquet, others return their own rows. Stopped
-    at any point, the same call goes on where it was. `workers=0` runs in this process. Every item gets a row; raises
-    LocatorError if the locator cannot work at all, ManifestError for a broken manifest.
+    `frames` per item, spread over the clip (`sampling="uniform"`) or in a row in its middle (`"dense"`, at `fps` frames
+    per second, 0 for every frame; see `unmask.data.video.read_frames`); crops of `size` pixels with `margin` (share of
+    the face) on each side; `deadline` seconds of decoding per item. `shard=(i, n)` does every n-th item from the i-th
+    on, for job arrays; the call that completes the last shard writes crops.parquet and items.parquet, others return
+    their own rows. Stopped at any point, the same call goes on where it was. `workers=0` runs in this process. Every
+    item gets a row; raises LocatorError if the locator cannot work at all, ManifestError for a broken manifest.
     """
     manifest_path, out = Path(manifest_path), Path(out)
     number, of = shard
     if not 0 <= number < of:
         raise ValueError(f"Shard {number} of {of} does not exist; shards count from 0.")
     encode_crop(np.zeros((1, 1, 3), np.uint8), encoding)
+    check_sampling(sampling, fps)
     stamp = "" if locator == AnnotationLocator.name else build_locator(locator).hash
-    settings = Settings(locator, stamp, frames, size, margin, align, deadline, encoding, of)
+    fps = fps if sampling == "dense" else 0.0  # which uniform sampling does not ask for
+    settings = Settings(locator, stamp, frames, size, margin, align, deadline, encoding, of, sampling=sampling, fps=fps)
     items = _items(manifest_path)[number::of]
     _prepare(out, settings)
     with CropWriter(out, number, of) as writer:

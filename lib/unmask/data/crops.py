@@ -61,6 +61,10 @@ _ARROW = {"object": pyarrow.list_(pyarrow.float32()), "int32": pyarrow.int32(), 
           "float32": pyarrow.float32(), "float64": pyarrow.float64()}  # fmt: skip
 
 
+SAMPLING_BEFORE = {"sampling": "uniform", "fps": 0.0}
+"""How frames were chosen where a settings.json is silent: before there was a choice."""
+
+
 class CropError(RuntimeError):
     """Crops are missing, damaged or in use; the message says what to do."""
 
@@ -263,11 +267,11 @@ class CropStore:
             os.close(descriptor)
 
     def settings(self) -> dict:
-        """How the crops were made: frames, size, margin, align and encoding. Raises CropError."""
+        """How the crops were made: frames, size, margin, align, encoding, sampling and fps. Raises CropError."""
         try:
-            kept = json.loads((self.out / "settings.json").read_text(encoding="utf-8"))
-            return {key: kept[key] for key in ("frames", "size", "margin", "align", "encoding")}
-        except (OSError, ValueError, KeyError) as error:
+            kept = SAMPLING_BEFORE | json.loads((self.out / "settings.json").read_text(encoding="utf-8"))
+            return {key: kept[key] for key in ("frames", "size", "margin", "align", "encoding", "sampling", "fps")}
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise CropError(f"{self.out} has no readable settings.json; run the preprocessing again.") from error
 
     def image(self, row, check: bool = False) -> np.ndarray:

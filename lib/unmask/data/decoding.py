@@ -20,7 +20,7 @@ import numpy as np
 from av.sidedata.sidedata import Type as SideDataType
 from PIL import UnidentifiedImageError
 
-from unmask.data.frames import MediaError, fit, spread
+from unmask.data.frames import MediaError, choose, fit, spread
 from unmask.data.pictures import read_picture
 
 # Playlists and other formats that name further files or addresses are refused.
@@ -59,11 +59,20 @@ class Scan:
 
 @dataclass(frozen=True)
 class View:
-    """How frames are wanted: as displayed or as stored, cut to a centre of `crop` pixels, with their quantisers."""
+    """How frames are wanted: as displayed or as stored, cut to a centre of `crop` pixels, with their quantisers.
+
+    And which of them: `sampling` and `fps` as in `unmask.data.frames.choose`.
+    """
 
     upright: bool = True
     crop: int | None = None
     qp: bool = False
+    sampling: str = "uniform"
+    fps: float = 0.0
+
+    def choose(self, times: np.ndarray, count: int) -> np.ndarray:
+        """The wanted ones of frames with these time stamps."""
+        return choose(times, count, self.sampling, self.fps)
 
 
 PLAIN = View()
@@ -182,7 +191,7 @@ def _with_decord(path: str, count: int, max_side: int | None, found: Scan, view:
         reader = decord.VideoReader(path, num_threads=1)
         if len(reader) != len(found.pts):
             return None
-        indices = spread(len(reader), count)
+        indices = view.choose(found.pts, count)
         frames = [fit(np.rot90(reader[int(i)].asnumpy(), back), max_side, view.crop) for i in indices]
         return frames, indices, {"pts": found.pts[indices].tolist()}
     except (decord.DECORDError, RuntimeError, IndexError):
@@ -190,25 +199,24 @@ def _with_decord(path: str, count: int, max_side: int | None, found: Scan, view:
 
 
 def _with_pyav(path: str, count: int, max_side: int | None, found: Scan, view: View = PLAIN):
-    """Decode in sequence. If fewer or more frames come than packets promised, spread again over what came."""
-    total = len(found.pts)
+    """Decode in sequence. If fewer or more frames come than packets promised, choose again from what came."""
+    expected = found.pts
     while True:
-        wanted = set(spread(total, count).tolist())
-        frames, indices, pts, qps, decoded = [], [], [], [], 0
+        wanted = set(view.choose(expected, count).tolist())
+        frames, indices, qps, stamps = [], [], [], []
         with _open(path) as container:
             stream = _video_stream(container, view.qp)
             for i, frame in enumerate(_frames(container, stream)):
-                decoded = i + 1
+                stamps.append(i / found.fps if frame.pts is None else float(frame.pts * stream.time_base))
                 if i in wanted:
                     frames.append(_rgb(frame, max_side, found, view))
                     indices.append(i)
-                    pts.append(i / found.fps if frame.pts is None else float(frame.pts * stream.time_base))
                     qps.append(mean_qp(frame) if view.qp else math.nan)
-        if decoded == 0:
+        if not stamps:
             raise MediaError("no decodable frame")
-        if decoded == total:
-            return frames, np.array(indices), {"pts": pts, "qp": qps}
-        total = decoded
+        if len(stamps) == len(expected):
+            return frames, np.array(indices), {"pts": [stamps[i] for i in indices], "qp": qps}
+        expected = np.array(stamps)
 
 
 def _alone(context: av.VideoCodecContext, packet: av.Packet) -> av.VideoFrame | None:
@@ -259,7 +267,7 @@ def read(
     """
     view = View(**view)
     try:
-        return read_picture(path, max(count, 1), max_side, view.upright, view.crop)
+        return read_picture(path, max(count, 1), max_side, view.upright, view.crop, view.sampling, view.fps)
     except UnidentifiedImageError:
         found = scan(path)
     width, height = found.size(view.upright)

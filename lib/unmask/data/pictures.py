@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.ExifTags import Base
 
-from unmask.data.frames import MediaError, fit, spread
+from unmask.data.frames import MediaError, choose, fit
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "AVIF")
 _ANIMATED = ("GIF", "WEBP", "AVIF", "PNG")
@@ -48,10 +48,26 @@ def _loaded(file: Image.Image, upright: bool) -> Image.Image:
     return file
 
 
+def _times(file: Image.Image, total: int) -> np.ndarray:
+    """When each picture of an animation is shown, in seconds; it has to be decoded to know."""
+    durations = np.zeros(total)
+    for i in range(total - 1):
+        file.seek(i)
+        file.load()
+        durations[i + 1] = file.info.get("duration", 0) / 1000
+    return np.cumsum(durations)
+
+
 def read_picture(
-    path: str, count: int, max_side: int | None = None, upright: bool = True, crop: int | None = None
+    path: str,
+    count: int,
+    max_side: int | None = None,
+    upright: bool = True,
+    crop: int | None = None,
+    sampling: str = "uniform",
+    fps: float = 0.0,
 ) -> tuple[dict, list[np.ndarray]]:
-    """Facts and up to `count` RGB frames of a still (one) or animation.
+    """Facts and up to `count` RGB frames of a still (one) or animation, chosen as `unmask.data.frames.choose` says.
 
     Raises UnidentifiedImageError if the file is no picture, MediaError if it is one that cannot be read.
     """
@@ -59,7 +75,8 @@ def read_picture(
         with Image.open(path, formats=FORMATS) as file:
             total = getattr(file, "n_frames", 1) if file.format in _ANIMATED else 1
             orientation = file.getexif().get(Base.Orientation, 1)
-            indices, frames, pts, clock = spread(total, count), [], [], 0.0
+            times = _times(file, total) if sampling == "dense" and fps else np.zeros(total)
+            indices, frames, pts, clock = choose(times, count, sampling, fps), [], [], 0.0
             for i in range(int(indices[-1]) + 1):
                 file.seek(i)
                 if i in indices:

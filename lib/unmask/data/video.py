@@ -26,7 +26,7 @@ import av
 import numpy as np
 
 from unmask.data import decoding
-from unmask.data.frames import MediaError
+from unmask.data.frames import MediaError, check_sampling
 
 __all__ = ["Clip", "MediaError", "MediaInfo", "encode", "probe", "read_frames"]
 
@@ -207,11 +207,15 @@ def read_frames(
     crop: int | None = None,
     keyframes: bool = False,
     qp: bool = False,
+    sampling: str = "uniform",
+    fps: float = 0.0,
 ) -> Clip:
-    """Read `count` frames spread evenly over a picture (T=1), animation or video; all of them if there are fewer.
+    """Read `count` frames of a picture (T=1), animation or video; all of them if there are fewer.
 
-    Frame i is the middle of the i-th of `count` equal parts of the clip. Rotation marks are applied, `pts` are the
-    true time stamps, and of a damaged file the decodable frames are spread. `max_side` shrinks each frame as it is
+    With `sampling="uniform"` frame i is the middle of the i-th of `count` equal parts of the clip. With "dense" they
+    follow each other in the middle of the clip, `fps` a second, 0 for every frame, and are chosen by time stamp
+    (`unmask.data.frames.in_a_row`); a clip that lasts too short gives fewer. Rotation marks are applied, `pts` are the
+    true time stamps, and of a damaged file the decodable frames count. `max_side` shrinks each frame as it is
     decoded, so that a large clip never needs all its pixels in memory. `deadline` is in seconds, for the whole call.
 
     For sensor noise: `upright=False` gives frames as stored, whatever their rotation mark. `crop` cuts each frame as it
@@ -219,14 +223,18 @@ def read_frames(
     `unmask.data.frames.crop_origin` tells. `keyframes` spreads over a video's key frames alone, and no others are
     decoded. `qp` fills `Clip.qp`, for H.264 alone.
 
-    Raises MediaError with a short reason for any file that gives no frame; ValueError if count < 1, crop < 1, or for a
-    crop together with max_side.
+    Raises MediaError with a short reason for any file that gives no frame; ValueError if count < 1, crop < 1, for a
+    crop together with max_side, dense key frames or a sampling that does not exist.
     """
     if count < 1:
         raise ValueError("Ask for at least one frame.")
     if crop is not None and (crop < 1 or max_side is not None):
         raise ValueError("A crop has at least one pixel, and its frames are not shrunk: leave out max_side.")
-    facts, frames = _request(path, count, deadline, max_side, upright=upright, crop=crop, keyframes=keyframes, qp=qp)
+    check_sampling(sampling, fps)
+    if keyframes and sampling != "uniform":
+        raise ValueError("Key frames are not in a row: sample them uniformly.")
+    view = {"upright": upright, "crop": crop, "keyframes": keyframes, "qp": qp, "sampling": sampling, "fps": fps}
+    facts, frames = _request(path, count, deadline, max_side, **view)
     return Clip(
         frames=frames,
         indices=np.array(facts["indices"], np.int64),
