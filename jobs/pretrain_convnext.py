@@ -30,8 +30,8 @@ def main() -> None:
     world, crops = options.folder / "world", options.folder / "crops"
     generate(world, dict(profile.world), WORLD_SEED, profile.workers)
     preprocess(world / "manifest.parquet", crops, workers=profile.workers, **profile.preprocess)
-    runs = {options.folder / f"checkpoint-{seed}": (seed, False) for seed in (0, 1)}
-    training.train_runs("convnext", profile, world / "manifest.parquet", crops, runs)
+    runs = {options.folder / f"checkpoint-{seed}": training.Run(seed) for seed in (0, 1)}
+    training.train_runs(profile, world / "manifest.parquet", crops, runs)
     best = min(runs, key=lambda run: min(epoch["val_loss"] for epoch in load_checkpoint(run)[1]["history"]))
     keep(best)
 

@@ -25,8 +25,9 @@ from unmask import hulls, learning, sbi, training, views
 from unmask.data.crops import CropStore
 from unmask.detectors import base, convnext, embedding
 from unmask.learning import LoopOptions, Run
+from unmask.pairs import TrainingError, fingerprint
 from unmask.profile import digest, source_hash, write_atomic
-from unmask.training import TrainingError, fingerprint, init_folder, own_randomness
+from unmask.training import init_folder, own_randomness
 
 # A feedback is refused that finds a cluster with a smaller share of the frames, or centres with a larger cosine:
 # k-means also splits what a network that has not learned anything yet says, and would trade the labels for noise.
