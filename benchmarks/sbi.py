@@ -70,7 +70,7 @@ def plain_self_blend(image: np.ndarray, landmarks: np.ndarray, rng: np.random.Ge
     shape = image.shape[:2]
     altered = sbi._transform(image, draw, recipe)
     source, real = (altered, image.copy()) if draw.transform_source else (image, sbi._to_uint8(altered))
-    matrix = sbi._affine(shape, draw, points)
+    matrix = sbi.affine(shape, draw, points)
     source = cv2.warpAffine(source.astype(np.float32), matrix, shape[::-1], borderMode=cv2.BORDER_REPLICATE)
     hull = hulls.hull_mask(points[:68] if draw.first_68 else points, shape, draw.hull)
     bent = plain_elastic(source, cv2.warpAffine(hull, matrix, shape[::-1]))

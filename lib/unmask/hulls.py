@@ -32,8 +32,8 @@ _MIRROR_68 = (
 _MIRROR = {68: np.array(_MIRROR_68), 81: np.array((*_MIRROR_68, *range(80, 67, -1)))}
 
 KNOTS = 96  # side of the coarse random field for `elastic`; at 4 px a knot it spans 384 px
-_KNOT_SIGMA = 1.75  # its smoothness in knots: the published 7 px at 4 px a knot
-_ERODE_TOLERANCE = 1e-6  # below the corner tap of the largest erosion kernel (1.8e-6), above float32 rounding (2.4e-7)
+KNOT_SIGMA = 1.75  # its smoothness in knots: the published 7 px at 4 px a knot
+ERODE_TOLERANCE = 1e-6  # below the corner tap of the largest erosion kernel (1.8e-6), above float32 rounding (2.4e-7)
 _SUBPIXEL_BITS = 4
 _SMALLEST_FACE = 4.0  # px
 _LARGEST_FACE = 4.0  # image sides
@@ -60,8 +60,13 @@ def check_face(image: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
     """
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError("image must be a uint8 array [H, W, 3] in RGB order; convert it first")
+    return check_fit(landmarks, image.shape[:2])
+
+
+def check_fit(landmarks: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """The part of `check_face` that needs no image, only its `shape` = (H, W)."""
     points = check_landmarks(landmarks)
-    height, width = image.shape[:2]
+    height, width = shape
     x0, y0, x1, y1 = face_box(points[:68])
     side = max(x1 - x0, y1 - y0)
     if min(x1 - x0, y1 - y0) < _SMALLEST_FACE:
@@ -177,8 +182,8 @@ def support(mask: np.ndarray, margin: int = 0) -> tuple[int, int, int, int]:
 
 def _displacement(noise: np.ndarray, corner: np.ndarray, size: tuple[int, int], std: float, step: float) -> np.ndarray:
     """Noise [KNOTS,KNOTS,2], smoothed and laid out from pixel `corner` with a knot every `step` px: float32[h,w,2]."""
-    amplitude = std * 2 * np.sqrt(np.pi) * _KNOT_SIGMA  # undoes what the blur takes from the standard deviation
-    field = cv2.GaussianBlur(noise * np.float32(amplitude), (0, 0), _KNOT_SIGMA, borderType=cv2.BORDER_REFLECT)
+    amplitude = std * 2 * np.sqrt(np.pi) * KNOT_SIGMA  # undoes what the blur takes from the standard deviation
+    field = cv2.GaussianBlur(noise * np.float32(amplitude), (0, 0), KNOT_SIGMA, borderType=cv2.BORDER_REFLECT)
     to_pixels = np.column_stack([np.eye(2) * step, corner])
     return cv2.warpAffine(field, to_pixels, size, flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT)
 
@@ -190,7 +195,7 @@ def elastic(mask: np.ndarray, noise: np.ndarray, centre: np.ndarray, std: float,
     in px. Equals blurring white noise at full resolution (Simard et al., 2003), but draws it on a coarse grid.
     """
     window = x0, y0, x1, y1 = support(mask, margin=int(np.ceil(6 * std)) + 1)
-    step = sigma / _KNOT_SIGMA
+    step = sigma / KNOT_SIGMA
     corner = np.subtract(centre, step * (KNOTS - 1) / 2) - window[:2]
     positions = _displacement(noise, corner, (x1 - x0, y1 - y0), std, step)
     positions += np.stack(np.meshgrid(np.arange(x0, x1), np.arange(y0, y1)), axis=-1).astype(np.float32)
@@ -212,7 +217,7 @@ def soften(
     shrinks = height > rows and width > columns
     small = cv2.resize(mask, (columns, rows), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
     soft = cv2.GaussianBlur(small, (erode_kernel, erode_kernel), 0)
-    core = (soft >= 1 - _ERODE_TOLERANCE).astype(np.float32)
+    core = (soft >= 1 - ERODE_TOLERANCE).astype(np.float32)
     if core.any():
         soft = cv2.GaussianBlur(core, (blur_kernel, blur_kernel), blur_sigma)
     peak = soft.max()

@@ -153,7 +153,8 @@ def sample_rng(seed: int, item_id: str, frame: int, epoch: int) -> np.random.Gen
     return np.random.default_rng(int.from_bytes(digest[:16], "big"))
 
 
-def _recipe(recipe: str | Recipe) -> Recipe:
+def find_recipe(recipe: str | Recipe) -> Recipe:
+    """A recipe by its name, or as given. ValueError for an unknown name."""
     if isinstance(recipe, Recipe):
         return recipe
     if recipe not in RECIPES:
@@ -172,7 +173,7 @@ def _draw_colour(rng: np.random.Generator, limits: ColourRange) -> ColourDraw:
 
 def draw_blend(rng: np.random.Generator, recipe: str | Recipe = "intended") -> BlendDraw:
     """All random choices of one self-blend. ValueError for an unknown recipe name."""
-    recipe = _recipe(recipe)
+    recipe = find_recipe(recipe)
 
     def odd() -> int:
         low, high = recipe.soft_kernel
@@ -287,7 +288,7 @@ def _clip_offset(draw: BlendDraw, points: np.ndarray) -> np.ndarray:
     return np.multiply(draw.offset, np.ptp(points[:68, 0]))
 
 
-def _affine(shape: tuple[int, int], draw: BlendDraw, points: np.ndarray) -> np.ndarray:
+def affine(shape: tuple[int, int], draw: BlendDraw, points: np.ndarray) -> np.ndarray:
     """float64[2,3]: scale about the picture's centre, then translate; maps old pixel positions to new ones."""
     height, width = shape
     centre = np.array([(width - 1) / 2, (height - 1) / 2])
@@ -302,7 +303,7 @@ def _mask(points: np.ndarray, shape: tuple[int, int], draw: BlendDraw, recipe: R
     zoom = 1.0 if recipe.elastic_face is None else float(max(box[2:] - box[:2])) / recipe.elastic_face
     softness = (draw.soft_shape, draw.erode_kernel, draw.blur_kernel, draw.blur_sigma)
     hull = hull_mask(points[:68] if draw.first_68 else points, shape, draw.hull)
-    moved = cv2.warpAffine(hull, _affine(shape, draw, points), shape[::-1])
+    moved = cv2.warpAffine(hull, affine(shape, draw, points), shape[::-1])
     centre = (box[:2] + box[2:]) / 2 + _clip_offset(draw, points)  # the bent outline moves along
     bent = elastic(moved, draw.noise, centre, recipe.elastic_std * zoom, recipe.elastic_sigma * zoom)
     mask = soften(bent, *softness)
@@ -315,14 +316,14 @@ def _mask(points: np.ndarray, shape: tuple[int, int], draw: BlendDraw, recipe: R
 
 def blend(image: np.ndarray, landmarks: np.ndarray, draw: BlendDraw, recipe: str | Recipe = "intended") -> SelfBlend:
     """Apply fixed random choices to one face; `self_blend` without the dice. Same arguments, result and errors."""
-    recipe = _recipe(recipe)
+    recipe = find_recipe(recipe)
     points = check_face(image, landmarks)
     shape = image.shape[:2]
     mask = _mask(points, shape, draw, recipe)
     altered = _transform(image, draw, recipe)
     source, real = (altered, image.copy()) if draw.transform_source else (image, _to_uint8(altered))
     x0, y0, x1, y1 = support(mask)
-    move = _affine(shape, draw, points)
+    move = affine(shape, draw, points)
     move[:, 2] -= x0, y0
     moved = cv2.warpAffine(
         source.astype(np.float32), move, (x1 - x0, y1 - y0), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
@@ -357,7 +358,7 @@ def augment_pair(
     real: np.ndarray, fake: np.ndarray, rng: np.random.Generator, recipe: str | Recipe = "intended"
 ) -> tuple[np.ndarray, np.ndarray]:
     """Training augmentation with the same parameters on both images uint8[H,W,3]: colours, then JPEG compression."""
-    recipe = _recipe(recipe)
+    recipe = find_recipe(recipe)
     draw = _draw_colour(rng, recipe.pair)
     compress = rng.random() < recipe.p_jpeg
     quality = int(rng.integers(recipe.jpeg_quality[0], recipe.jpeg_quality[1] + 1))
