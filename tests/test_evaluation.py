@@ -14,6 +14,7 @@ from unmask.evaluation import (
     equal_error_rate,
     evaluate,
     evaluate_files,
+    join,
     read_scores,
     recalls,
     write_scores,
@@ -339,7 +340,8 @@ def test_the_csv_of_scored_media_can_be_evaluated_too(tmp_path, monkeypatch):
 def test_a_fact_that_tells_the_label_is_found(tiny_world):
     manifest = read_manifest(tiny_world / "manifest.parquet")
     facts = leaks.file_facts(manifest, tiny_world / "manifest.parquet")
-    assert set(facts["item_id"]) == set(manifest.loc[manifest["split"] == "test", "item_id"])
+    assert list(facts["item_id"]) == list(manifest["item_id"])
+    assert set(facts["codec"]) == {"h264", "png"}
     assert (facts["pixels"] == 96 * 96).all() and set(facts["frames"]) == {5, 1}
     table = leaks.metadata_auc(facts, draws=20).set_index(["dataset", "kind", "fact"])
     assert (table.loc[("world-a", "video", ["pixels", "frames", "fps"]), "auc"] == 0.5).all()
@@ -348,3 +350,20 @@ def test_a_fact_that_tells_the_label_is_found(tiny_world):
     assert (told.loc[(slice(None), slice(None), "frames"), "auc"] == 1).all()
     gone = manifest.assign(path=manifest["path"].where(manifest.index > 5, "gone.mp4"))
     assert leaks.file_facts(gone, tiny_world / "manifest.parquet")["pixels"].isna().any()
+
+
+def test_a_forest_on_the_files_alone_finds_a_leak_of_the_train_split_and_nothing_else(tiny_world):
+    manifest = read_manifest(tiny_world / "manifest.parquet")
+    facts = leaks.file_facts(manifest, tiny_world / "manifest.parquet")
+
+    def auc(facts):
+        scores = leaks.metadata_scores(facts)
+        assert set(scores["item_id"]) == set(manifest.loc[manifest["split"] != "train", "item_id"])
+        joined = join(scores, manifest).query("kind == 'video'")
+        return auc_interval(joined["label"], joined["score"], joined["group_id"], draws=10)[0]
+
+    assert auc(facts) == 0.5, "the world's files are alike"
+    codec = facts["codec"].where(facts["label"] == 0, "vp9")
+    assert auc(facts.assign(codec=codec)) == 1.0
+    lost = facts.assign(codec=codec, label=facts["label"].where(facts["split"] != "train", 0))
+    assert auc(lost) == 0.5, "nothing to learn from"

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from sklearn.ensemble import RandomForestClassifier
 
 from unmask.data.manifest import media_path
 from unmask.data.video import MediaError, probe
@@ -14,21 +15,21 @@ FACTS = ("pixels", "frames", "fps", "bits_per_pixel")
 
 
 def file_facts(manifest: pd.DataFrame, manifest_path: Path) -> pd.DataFrame:
-    """Frame size, length, rate and bits per pixel of every test medium; unreadable ones have missing values."""
-    test = manifest[manifest["split"] == "test"]
+    """Frame size, length, rate, bits per pixel and codec of every medium; unreadable ones have missing values."""
     rows = []
-    for row in track(test.to_dict("records"), label="reading headers"):
+    for row in track(manifest.to_dict("records"), label="reading headers"):
         path = media_path(row, manifest_path)
-        facts = dict.fromkeys(FACTS, np.nan)
+        facts = dict.fromkeys(FACTS, np.nan) | {"codec": ""}
         try:
             info, size = probe(path), path.stat().st_size
         except (MediaError, OSError):
             pass  # the row stays, with missing facts: preprocessing reports why
         else:
             pixels = info.width * info.height
-            facts = {"pixels": pixels, "frames": info.frames, "fps": info.fps}
+            facts = {"pixels": pixels, "frames": info.frames, "fps": info.fps, "codec": info.codec}
             facts["bits_per_pixel"] = 8 * size / max(1, pixels * max(1, info.frames))
-        rows.append({**{k: row[k] for k in ("item_id", "dataset", "kind", "label", "method", "group_id")}, **facts})
+        keys = ("item_id", "dataset", "split", "kind", "label", "method", "group_id")
+        rows.append({**{k: row[k] for k in keys}, **facts})
     return pd.DataFrame(rows)
 
 
@@ -52,3 +53,19 @@ def metadata_auc(facts: pd.DataFrame, draws: int = 1000, level: float = 0.95) ->
                     }
                 )
     return pd.DataFrame(rows, columns=["dataset", "kind", "fact", "n", "auc", "low", "high"])
+
+
+def metadata_scores(facts: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """Score table of a detector that knows the file alone: a random forest on the facts of the train split.
+
+    facts: as `file_facts` gives them for all splits. Scores all media but those of the train split; 0.5 for all where
+    the train split does not have both classes.
+    """
+    known = facts[list(FACTS)].fillna(-1).join(pd.get_dummies(facts[["codec", "kind"]], dtype=float))
+    train, rest = facts["split"] == "train", facts["split"] != "train"
+    score = np.full(int(rest.sum()), 0.5)
+    if facts.loc[train, "label"].nunique() == 2:
+        forest = RandomForestClassifier(500, min_samples_leaf=2, random_state=seed)
+        score = forest.fit(known[train], facts.loc[train, "label"]).predict_proba(known[rest])[:, 1]
+    run = {"frame": -1, "score": score, "detector": "metadata", "variant": "file alone", "seed": seed, "checkpoint": ""}
+    return facts.loc[rest, ["item_id"]].assign(**run).astype({"frame": "int32", "seed": "int32"}).reset_index(drop=True)
