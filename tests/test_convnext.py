@@ -1,19 +1,36 @@
-"""The ConvNeXt detector: shapes, masks, gradients, its fixed filters, and checkpoints that are refused."""
+"""The ConvNeXt detector: shapes, masks, gradients, variants, cost, and checkpoints that are refused."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from unmask.detectors import base, convnext
 from unmask.detectors.base import CheckpointError, load_checkpoint, masked_mean, save_checkpoint
-from unmask.detectors.convnext import SRM, SRMBranch
+from unmask.detectors.convnext import TopDown
+from unmask.detectors.frequency import zeroed
+
+JOINED = [("none", "stem"), ("fft", "attention")]
+JOINED += [(name, join) for name in ("srm", "fad", "phase") for join in ("stem", "concat", "attention")]
+VARIANTS = [
+    {"fusion": fusion, "frequency": name, "join": join} for name, join in JOINED for fusion in ("none", "topdown")
+]
 
 
 def make(frequency="srm", size=64, backbone="test_convnext", **options):
     torch.manual_seed(0)
     return base.build("convnext", backbone=backbone, frequency=frequency, size=size, **options).eval()
+
+
+def stirred(module, amount=0.1):
+    """Noise on every parameter, so that what starts at zero counts."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += amount * torch.randn(parameter.shape, generator=generator)
+    return module
 
 
 def clips(b=2, t=3, size=64):
@@ -57,15 +74,132 @@ def test_prepare_normalises_as_imagenet(detector):
     )
 
 
-@pytest.mark.parametrize("frequency", ["none", "srm"])
-def test_every_parameter_gets_a_gradient(frequency):
-    detector = make(frequency, drop_path=0.0).train()
+def identity(variant):
+    return "-".join(variant.values())
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=identity)
+@pytest.mark.parametrize("size", [64, 96])
+@torch.no_grad()
+def test_every_variant_has_the_same_shapes_in_both_precisions(variant, size):
+    detector, x = stirred(make(size=size, **variant)), clips(size=size)
+    logits = detector(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough, (alone, boundary) = detector(x), detector.with_boundary(x[:, 0])
+    assert logits.shape == rough.shape == alone.shape == (2,) and boundary.shape == (2, size // 8, size // 8)
+    assert detector.features(x).shape == (2, 64) and torch.isfinite(rough.float()).all()
+    torch.testing.assert_close(detector.head(detector.features(x)).squeeze(1), logits)
+    torch.testing.assert_close(rough.float(), logits, atol=0.1, rtol=0.1)
+    torch.testing.assert_close(detector.with_boundary(x[:, 0])[0], detector(x[:, :1]))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=identity)
+def test_every_parameter_gets_a_gradient(variant):
+    detector = stirred(make(**variant)).train()
     logits, boundary = detector.with_boundary(clips()[:, 0])
     (logits.square().sum() + boundary.square().sum()).backward()
     without = [name for name, p in detector.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not without
     assert len(detector.trainable_parameters()) == len(list(detector.parameters()))
-    assert any(name.startswith("frequency.") for name, _ in detector.named_parameters()) == (frequency == "srm")
+    parts = {name.split(".")[0] for name in detector.state_dict()}
+    expected = {"backbone", "head", "boundary_head"}
+    expected |= {"frequency"} if variant["frequency"] != "none" else set()
+    expected |= {"fusion"} if variant["fusion"] != "none" else set()
+    expected |= {"join"} if variant["join"] != "stem" or variant["frequency"] in ("fad", "phase") else set()
+    assert parts == expected
+
+
+@pytest.mark.parametrize("variant", VARIANTS[1:], ids=identity)
+@torch.no_grad()
+def test_a_variant_starts_as_the_plain_one_and_then_differs(variant):
+    plain, other, x = make("none"), make(**variant), clips()
+    missing, unexpected = other.load_state_dict(stirred(plain).state_dict(), strict=False)
+    assert not unexpected and missing and all(k.startswith(("frequency.", "join.", "fusion.")) for k in missing)
+    same = torch.allclose(other(x), plain(x), atol=1e-5, rtol=1e-4)
+    assert same == ((variant["frequency"], variant["join"]) != ("srm", "stem"))
+    for part in (other.frequency, other.join, other.fusion):
+        if part is not None:
+            stirred(part)
+    assert not torch.allclose(other(x), plain(x), atol=1e-3)
+
+
+@torch.no_grad()
+def test_every_option_is_heard():
+    """With all that is added awake, no two variants agree; and what is switched off is what differs."""
+    logits = torch.stack([stirred(make(**variant))(clips()) for variant in VARIANTS])
+    gaps = (logits[:, None] - logits[None]).abs().amax(2) + torch.eye(len(VARIANTS))
+    assert gaps.min() > 1e-4
+    detector = stirred(make(fusion="topdown", frequency="fad", join="attention"))
+    whole, x = detector(clips()), clips()
+    for part in (detector.fusion.project, detector.join.project):
+        kept = {k: v.clone() for k, v in part.state_dict().items()}
+        zeroed(part)
+        assert not torch.allclose(detector(x), whole, atol=1e-4)
+        part.load_state_dict(kept)
+    assert torch.equal(detector(x), whole)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=identity)
+@torch.no_grad()
+def test_maps_stay_channels_last(variant):
+    detector, seen = stirred(make(backbone="convnext_zepto_rms", **variant)), []
+    for stage in detector.backbone.stages:
+        stage.register_forward_hook(lambda _, inputs, out: seen.extend((inputs[0], out)))
+    detector(clips())
+    assert len(seen) == 8 and all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
+
+
+@torch.no_grad()
+def test_fusion_is_a_feature_pyramid():
+    torch.manual_seed(0)
+    fusion = stirred(TopDown([8, 12, 16], 10, 6))
+    maps = [torch.randn(2, width, side, side) for width, side in ((8, 8), (12, 4), (16, 2))]
+    levels = []
+    for lateral, x in zip(fusion.laterals, maps, strict=True):
+        norm, project = lateral
+        x = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, correction=0) + 1e-6).sqrt()
+        x = x * norm.weight.view(1, -1, 1, 1) + norm.bias.view(1, -1, 1, 1)
+        levels.append(torch.einsum("oc,nchw->nohw", project.weight[..., 0, 0], x) + project.bias.view(1, -1, 1, 1))
+    levels[1] = levels[1] + levels[2].repeat_interleave(2, 2).repeat_interleave(2, 3)
+    levels[0] = levels[0] + levels[1].repeat_interleave(2, 2).repeat_interleave(2, 3)
+    means = torch.cat([smooth(x).mean((2, 3)) for smooth, x in zip(fusion.smooth, levels, strict=True)], 1)
+    normed = (means - means.mean(1, keepdim=True)) / (means.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
+    normed = normed * fusion.norm.weight + fusion.norm.bias
+    expected = normed @ fusion.project.weight.T + fusion.project.bias
+    torch.testing.assert_close(fusion(maps), expected, atol=1e-4, rtol=1e-3)
+    # It sees which places of two scales belong together: the same fine map, turned, is another answer.
+    assert not torch.allclose(fusion([maps[0].flip(2), *maps[1:]]), expected, atol=1e-3)
+
+
+def test_cost_of_a_small_case_and_of_the_published_one():
+    class Small(base.Detector):
+        def __init__(self):
+            super().__init__()
+            self.input_spec = base.InputSpec(8)
+            self.conv, self.drop, self.head = nn.Conv2d(3, 4, 3, 2, 1), nn.Dropout(), nn.Linear(4, 1)
+            self.conv.requires_grad_(False)
+
+        def forward(self, clips, mask=None):
+            return self.head(self.drop(self.conv(clips.flatten(0, 1)).mean((2, 3)))).squeeze(1)
+
+    small = Small()
+    # 16 places x 4 filters x 27 products, and 4 of the head.
+    assert base.cost(small) == {"parameters": 4 * 28 + 5, "trainable": 5, "multiply_adds": 16 * 4 * 27 + 4}
+    assert small.training and small.drop.training
+    plain = base.cost(make("none", 224, "convnext_tiny"))
+    # Liu et al. 2022, table 1: 28.6 million parameters with a head of 1,000 classes, 4.5 G.
+    assert round((plain["parameters"] + 1000 * 769) / 1e6, 1) == 28.6
+    assert round(plain["multiply_adds"] / 1e9, 1) == 4.5
+
+
+def test_every_option_has_its_cost():
+    costs = {identity(v): base.cost(make(backbone="convnext_zepto_rms", **v)) for v in VARIANTS}
+    plain = costs["none-none-stem"]
+    for name, cost in costs.items():
+        assert name == "none-none-stem" or all(cost[key] > plain[key] for key in plain)
+    # The attention alone: 16 places ask 16, 128 channels wide; four projections, scores and answer.
+    parts = costs["none-srm-attention"]["multiply_adds"] - costs["none-srm-concat"]["multiply_adds"]
+    assert parts == 4 * 16 * 128**2 + 2 * 16 * 16 * 128 - 16 * 256 * 128
 
 
 def test_without_layer_scale_the_blocks_count_from_the_start():
@@ -82,30 +216,12 @@ def test_without_layer_scale_the_blocks_count_from_the_start():
 
 @pytest.mark.parametrize("layer_scale", [True, False])
 def test_the_weights_that_come_with_the_kit_fit(layer_scale):
-    weights, card = base.read_checkpoint(Path(convnext.__file__).parents[1] / "weights/convnext-demo")
+    folder = Path(convnext.__file__).parents[1] / "weights/convnext-demo"
+    load_checkpoint(folder)
+    weights, card = base.read_checkpoint(folder)
     detector = base.build("convnext", **card["config"] | {"layer_scale": layer_scale})
     detector.load_state_dict(weights)
     assert detector.backbone.stages[0].blocks[0].gamma.abs().max() < 0.2
-
-
-def test_the_high_pass_filters_see_noise_and_nothing_smooth():
-    assert SRM.shape == (3, 5, 5) and torch.allclose(SRM.sum((1, 2)), torch.zeros(3), atol=1e-6)
-    branch = SRMBranch(8).eval()
-    seen = []
-    branch.scale.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
-    branch(torch.full((1, 3, 32, 32), 200.0) * torch.tensor([1.0, 0.5, 0.1]).view(1, 3, 1, 1))
-    ramp = torch.arange(32.0).expand(1, 3, 32, 32)
-    branch(ramp)
-    impulse = torch.full((1, 3, 32, 32), 100.0)
-    impulse[0, 1, 16, 16] += 4
-    assert branch(impulse).shape == (1, 8, 8, 8)
-    flat, sloped, point = seen
-    torch.testing.assert_close(flat, torch.zeros_like(flat), atol=1e-3, rtol=0)
-    inner = sloped[..., 2:-2, 2:-2]
-    torch.testing.assert_close(inner, torch.zeros_like(inner), atol=1e-3, rtol=0)
-    # Channels 3 to 5 are those of green; the centre taps are -4/4, -12/12 and -2/2, softly limited at 6.
-    torch.testing.assert_close(point[0, 3:6, 16, 16], torch.full((3,), -6 * torch.tanh(torch.tensor(4 / 6)).item()))
-    assert point[0, [0, 1, 2, 6, 7, 8]].abs().max() < 1e-3 and point.abs().max() <= 6
 
 
 def test_the_frequency_branch_sees_grey_levels(detector):
@@ -120,7 +236,12 @@ def test_the_frequency_branch_sees_grey_levels(detector):
 def test_wrong_arguments_say_what_is_right():
     for options, message in (
         ({"size": 50}, "multiple of 32, not 50"), ({"size": 0}, "multiple of 32, not 0"),
-        ({"frequency": "dct"}, "'none' or 'srm', not 'dct'"),
+        ({"frequency": "dct"}, "frequency must be one of none, srm, fad, fft, phase, not 'dct'"),
+        ({"fusion": "sum"}, "fusion must be one of none, topdown, not 'sum'"),
+        ({"join": "add"}, "join must be one of stem, concat, attention, not 'add'"),
+        ({"frequency": "none", "join": "concat"}, "set frequency to one of srm, fad, fft, phase, or join to stem"),
+        ({"frequency": "fft"}, "join='stem' could add it: set join to attention"),
+        ({"frequency": "fft", "join": "concat"}, "join='concat' could add it: set join to attention"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             make(**options)
@@ -129,16 +250,16 @@ def test_wrong_arguments_say_what_is_right():
     assert "convnext" in base.names()
 
 
-@pytest.mark.parametrize("frequency", ["none", "srm"])
-def test_a_checkpoint_gives_the_same_logits(tmp_path, frequency):
-    detector = make(frequency, drop_path=0.1)
+@pytest.mark.parametrize("variant", VARIANTS, ids=identity)
+def test_a_checkpoint_gives_the_same_logits(tmp_path, variant):
+    detector = stirred(make(drop_path=0.1, **variant))
     with torch.no_grad():  # running statistics are part of the weights
         detector.train()(clips())
         expected = detector.eval()(clips())
     assert save_checkpoint(detector, tmp_path / "ck", seed=5) == tmp_path / "ck"
     again, card = load_checkpoint(tmp_path / "ck")
     assert torch.equal(again(clips()), expected) and not again.training
-    assert (card["seed"], card["detector"], card["config"]["frequency"]) == (5, "convnext", frequency)
+    assert (card["seed"], card["detector"]) == (5, "convnext") and variant.items() <= card["config"].items()
     assert sorted(p.name for p in (tmp_path / "ck").iterdir()) == ["config.json", "model.safetensors"]
 
 

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from unmask.profile import write_atomic
 
@@ -65,6 +66,27 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor
     keep = mask.reshape(*mask.shape, *[1] * (values.ndim - 2))
     # Filled, not multiplied by 0: padding may hold values that are not finite.
     return values.masked_fill(~keep, 0).sum(1) / keep.sum(1).clamp(min=1)
+
+
+@torch.no_grad()
+def cost(detector: Detector) -> dict[str, int]:
+    """What a detector costs: parameters, trainable parameters, and multiply-adds of one frame of its input size.
+
+    Counted are convolutions, matrix products and attention, as in the "FLOPs" of most papers (Liu et al., CVPR 2022,
+    among them); norms, activations and Fourier transforms are not. Leaves the detector as it was.
+    """
+    size, training = detector.input_spec.size, detector.training
+    where = next(detector.parameters()).device
+    try:
+        with FlopCounterMode(display=False) as counter:
+            detector.eval()(torch.zeros(1, 1, 3, size, size, device=where))
+    finally:
+        detector.train(training)
+    return {
+        "parameters": sum(p.numel() for p in detector.parameters()),
+        "trainable": sum(p.numel() for p in detector.trainable_parameters()),
+        "multiply_adds": counter.get_total_flops() // 2,
+    }
 
 
 _REGISTRY: dict[str, type[Detector]] = {}

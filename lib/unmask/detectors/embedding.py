@@ -26,7 +26,9 @@ class Embedding(Detector):
         self.config = {"backbone": backbone, "frequency": frequency, "size": size, "projection": projection}
         self.input_spec = InputSpec(size)
         if backbone.startswith("convnext"):
-            self.body = ConvNeXt(backbone, frequency, pretrained, size, layer_scale=layer_scale)
+            self.body = ConvNeXt(
+                backbone, frequency=frequency, pretrained=pretrained, size=size, layer_scale=layer_scale
+            )
             # Its own heads would be weights that nothing trains.
             self.body.head, self.body.boundary_head = nn.Identity(), nn.Identity()
             self.config["layer_scale"] = self.body.config["layer_scale"]
