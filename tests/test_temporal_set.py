@@ -170,7 +170,10 @@ def test_what_changed_is_made_anew_and_nothing_foreign_is_touched(tmp_path):
     assert contents(tmp_path / "fresh") == after
     shutil.copy(tmp_path / "a" / "2.mp4", tmp_path / "a" / "1.mp4")  # another film
     make(source, out, seed=1)
-    assert len(contents(out)) == len(before) + 1 and contents(out) != after
+    make(source, tmp_path / "other", seed=1)
+    changed = contents(out)
+    assert changed.pop("videos/mine.mp4") == b"keep"
+    assert changed == contents(tmp_path / "other") and len({*changed.values()} - {*after.values()}) == 4  # part, twins
     with pytest.raises(ManifestError, match="no rows"):
         make(source, out, split="train")
 
