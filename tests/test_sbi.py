@@ -7,8 +7,9 @@ from dataclasses import replace
 import cv2
 import numpy as np
 import pytest
+from matplotlib.colors import hsv_to_rgb, rgb_to_hsv
 from matplotlib.path import Path as Polygon
-from scipy import ndimage
+from scipy import ndimage, stats
 
 from unmask import hulls, sbi
 
@@ -70,6 +71,44 @@ def test_hull_mask_is_the_union_of_its_polygons(kind, centre):
         near_edge |= np.abs(distance) <= 1
     assert set(np.unique(mask)) == {0.0, 1.0}
     assert np.array_equal(mask.ravel()[~near_edge] > 0, inside[~near_edge])
+
+
+def outlines(points, kind):
+    """Groups of landmarks whose convex hulls make up each published mask, by the parts of the face they hold."""
+    p = points.astype(np.float64)
+    if kind == "convex":
+        return [p]
+    jaw, brows, bridge, nose, mouth, chin = p[:17], p[17:27], p[27:31], p[31:36], p[48:68], p[8:9]
+    if kind == "dfl_full":
+        return [np.vstack([jaw, mouth]), np.vstack([bridge, p[33:34]]),
+                np.vstack([brows, p[[0, 16, 27, 33]]])]  # fmt: skip
+    if kind == "extended":
+        temples = [p[36] + (p[0] - p[36]) / 4, p[45] + (p[16] - p[45]) / 4]
+        eyes = np.vstack([temples[0], p[36:40], p[42:46], temples[1]])
+        brows = brows + (brows - eyes) / 2
+    right, left = brows[:5], brows[5:]
+    return [np.vstack(group) for group in (
+        [jaw[:9], right[:1]], [jaw[8:], left[-1:]], [right[:3], chin], [left[2:], chin], [right[2:], left[:3], chin],
+        [right, bridge[:1], nose, chin], [left, bridge[:1], nose, chin], [bridge, nose],
+    )]  # fmt: skip
+
+
+def plain_hull(points, shape, kind):
+    """Union of filled convex hulls, corners to 1/16 px."""
+    mask = np.zeros(shape, np.uint8)
+    for group in outlines(points, kind):
+        corners = cv2.convexHull(group.astype(np.float32))
+        cv2.fillConvexPoly(mask, np.rint(corners * 16).astype(np.int32), 1, shift=4)
+    return mask.astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", hulls.HULLS)
+@pytest.mark.parametrize("points", [68, 81])
+def test_hull_masks_are_the_published_ones(kind, points):
+    for seed in range(20):
+        marks = face((70, 66), 72, points) + np.random.default_rng(seed).normal(0, 1.5, (points, 2)).astype(np.float32)
+        expected = plain_hull(marks, (140, 150), kind)
+        assert np.abs(hulls.hull_mask(marks, (140, 150), kind) - expected).sum() <= 0.001 * expected.sum()
 
 
 def test_hull_kinds_cover_what_their_names_say():
@@ -223,6 +262,53 @@ def test_elastic_has_the_statistics_of_full_resolution_blurred_noise():
         assert together[0] == pytest.approx(np.exp(-(lag**2) / (4 * 7**2)), abs=0.06)
 
 
+def cubic(positions, count):
+    """Matrix [len(positions), count]: cubic convolution (Keys, 1981, a = -0.75) of knots repeated like a mirror."""
+    nearest = np.floor(positions).astype(int)[:, None] + np.arange(-1, 3)
+    far = np.abs(positions[:, None] - nearest)
+    inner = (1.25 * far - 2.25) * far**2 + 1
+    outer = -0.75 * (far**3 - 5 * far**2 + 8 * far - 4)
+    folded = nearest % (2 * count)
+    folded = np.minimum(folded, 2 * count - 1 - folded)
+    matrix = np.zeros((len(positions), count))
+    np.add.at(matrix, (np.arange(len(positions))[:, None], folded), np.where(far <= 1, inner, outer))
+    return matrix
+
+
+def plain_elastic(mask, noise, centre, std, sigma):
+    """The displacement float64[2,H,W] (y, x) and the bent mask, by SciPy over the whole picture.
+
+    The coarse field is white noise blurred by 1.75 knots, scaled to `std`, laid out with sigma / 1.75 px a knot.
+    """
+    rows, columns = ((np.arange(side) - middle) * 1.75 / sigma + 47.5
+                     for side, middle in zip(mask.shape, centre[::-1], strict=True))  # fmt: skip
+    field = [ndimage.gaussian_filter(noise[..., c].astype(float), 1.75) * std * 2 * np.sqrt(np.pi) * 1.75
+             for c in (1, 0)]  # fmt: skip
+    shift = np.array([cubic(rows, 96) @ part @ cubic(columns, 96).T for part in field])
+    positions = np.indices(mask.shape) + shift
+    return shift, ndimage.map_coordinates(mask.astype(float), positions, order=1)
+
+
+@pytest.mark.parametrize(("std", "sigma"), [(1.164, 7.0), (0.6, 3.6), (2.3, 14.0)])
+def test_elastic_field_and_bent_mask_match_scipy(std, sigma):
+    """OpenCV rounds positions to 1/32 of a knot, then of a pixel: hundredths of a pixel at the mask's edge."""
+    for seed in range(4):
+        noise = np.random.default_rng(seed).standard_normal((96, 96, 2)).astype(np.float32)
+        side, centre = int(24 * sigma), (11.5 * sigma, 12.3 * sigma)
+        ramp = np.tile(np.arange(1, side + 1, dtype=np.float32), (side, 1))
+        inner = np.index_exp[12:-12, 12:-12]
+        for picture, axis in ((ramp, 1), (ramp.T.copy(), 0)):
+            shift, _ = plain_elastic(picture, noise, centre, std, sigma)
+            measured = (hulls.elastic(picture, noise, centre, std, sigma) - picture)[inner]
+            assert np.abs(measured - shift[axis][inner]).max() < 0.03 * std + 1 / 32
+            assert np.abs(measured - shift[axis][inner]).mean() < 0.01 * std + 1 / 128
+        mask = plain_hull(face((side / 2, side / 2), side / 2), (side, side), "components")
+        _, expected = plain_elastic(mask, noise, centre, std, sigma)
+        bent = hulls.elastic(mask, noise, centre, std, sigma)
+        assert np.abs(bent - expected).max() < 0.03 * std + 1 / 16 and np.abs(bent - expected).mean() < 0.001
+        assert np.abs(mask - expected).mean() > 0.004
+
+
 def test_elastic_grows_with_the_face_in_intended_only(monkeypatch):
     used = []
     monkeypatch.setattr(sbi, "elastic", lambda mask, noise, centre, std, sigma: used.append((std, sigma)) or mask)
@@ -297,63 +383,253 @@ def test_down_scaling_samples_nearest_and_returns_bilinear():
     assert np.abs(sbi.blend(image, face(), draw).real - expected).max() <= 1.0
 
 
+# --- the whole generator against a plain one -------------------------------------------------------------------------
+
+
+def plain_colours(image, colour, eight_bit):
+    """RGB shift, HSV shift, contrast and brightness, picture by picture as the recipe names them; float64, 0..255."""
+    pixels = image.astype(np.float64)
+    if colour.rgb is not None:
+        pixels = np.clip(pixels + colour.rgb, 0, 255)
+    if colour.hsv is not None and eight_bit:
+        hue, saturation, value = cv2.split(cv2.cvtColor(np.rint(pixels).astype(np.uint8), cv2.COLOR_RGB2HSV))
+        planes = [(hue + colour.hsv[0]) % 180, *(np.clip(a + b, 0, 255) for a, b in
+                  ((saturation, colour.hsv[1]), (value, colour.hsv[2])))]  # fmt: skip
+        pixels = cv2.cvtColor(np.dstack(planes).astype(np.uint8), cv2.COLOR_HSV2RGB).astype(np.float64)
+    elif colour.hsv is not None:
+        hsv = rgb_to_hsv(pixels / 255)
+        hsv[..., 0] = (hsv[..., 0] + colour.hsv[0]) % 1
+        hsv[..., 1:] = np.minimum(hsv[..., 1:] * (1 + colour.hsv[1:]), 1)
+        pixels = 255 * hsv_to_rgb(hsv)
+    if colour.contrast is not None:
+        brightness, contrast = colour.contrast
+        pixels = np.clip(pixels * (1 + contrast) + 255 * brightness, 0, 255)
+    return pixels
+
+
+def plain_source_and_target(image, draw, eight_bit):
+    """What is blended onto what, at full resolution and in the published order; the moved source is float."""
+    height, width = image.shape[:2]
+    altered = plain_colours(image, draw.colour, eight_bit)
+    if draw.down_factor > 1:
+        few = (width // draw.down_factor, height // draw.down_factor)
+        small = cv2.resize(altered, few, interpolation=cv2.INTER_NEAREST)
+        if eight_bit:  # colours last: OpenCV's 8-bit HSV rounds by the place of a pixel in its vectors
+            small = plain_colours(cv2.resize(image, few, interpolation=cv2.INTER_NEAREST), draw.colour, True)
+        altered = cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR)
+    else:
+        alpha, lightness = draw.sharpen
+        edges = np.full((3, 3), -1.0)
+        edges[1, 1] = 8 + lightness
+        kernel = (1 - alpha) * np.pad([[1.0]], 1) + alpha * edges
+        altered = np.clip(ndimage.correlate(altered, kernel[..., None], mode="mirror"), 0, 255)
+    source, target = (altered, image) if draw.transform_source else (image.astype(float), np.rint(altered))
+    return cv2.warpAffine(source, plain_affine(image, draw), (width, height), borderMode=cv2.BORDER_REPLICATE), target
+
+
+def plain_affine(image, draw):
+    """To the centre, scale, back, then translate by a share of width and height."""
+    height, width = image.shape[:2]
+
+    def shift(x, y):
+        return np.array([[1, 0, x], [0, 1, y], [0, 0, 1.0]])
+
+    centre = ((width - 1) / 2, (height - 1) / 2)
+    moved = shift(draw.translate[0] * width, draw.translate[1] * height) @ shift(*centre)
+    return (moved @ np.diag([*draw.scale, 1]) @ shift(-centre[0], -centre[1]))[:2]
+
+
+def plain_mask(image, points, draw, name):
+    """Hull, affine, SciPy's elastic field, erosion by what a blur leaves at 1, blur, ratio."""
+    shape = image.shape[:2]
+    hull = plain_hull(points[:68] if draw.first_68 else points, shape, draw.hull)
+    moved = cv2.warpAffine(hull, plain_affine(image, draw), shape[::-1])
+    low, high = points[:68].min(0), points[:68].max(0)
+    zoom = (high - low).max() / 190 if name == "intended" else 1
+    _, bent = plain_elastic(
+        moved, draw.noise, (low + high) / 2, 50 / np.sqrt(3) / (2 * np.sqrt(np.pi) * 7) * zoom, 7 * zoom
+    )
+    rows, columns = draw.soft_shape
+    way = cv2.INTER_AREA if shape[0] > rows and shape[1] > columns else cv2.INTER_LINEAR
+    small = cv2.resize(bent, (columns, rows), interpolation=way)
+    core = (cv2.GaussianBlur(small, (draw.erode_kernel, draw.erode_kernel), 0) >= 1 - 1e-6).astype(float)
+    assert core.any()
+    soft = cv2.GaussianBlur(core, (draw.blur_kernel, draw.blur_kernel), draw.blur_sigma)
+    return np.clip(cv2.resize(soft / soft.max(), shape[::-1]), 0, 1) * draw.ratio
+
+
+@pytest.mark.parametrize("recipe", sbi.RECIPES)
+@pytest.mark.parametrize(("shape", "points"), [((128, 150), 81), ((300, 280), 68)])
+def test_random_blends_match_a_plain_version(recipe, shape, points):
+    """Given its mask, each picture within 1 grey level everywhere; the mask, as it shows in the fake, in 99.9 %.
+
+    A pixel that erosion only just keeps or drops in one of the two versions shows around it, hence not everywhere.
+    Pictures are smooth, since OpenCV's warp places pixels on a grid of 1/32 px: a step of 32 levels is 1 level there.
+    """
+    far, total = 0, 0
+    for seed in range(40):
+        marks = face((shape[1] / 2 + 3, shape[0] * 0.54), shape[0] * 0.45, points)
+        image = cv2.GaussianBlur(cartoon(*shape, marks, seed), (0, 0), 2)
+        draw = sbi.draw_blend(np.random.default_rng(seed), recipe)
+        result = sbi.blend(image, marks, draw, recipe)
+        source, target = plain_source_and_target(image, draw, recipe == "faithful")
+        assert np.abs(result.real - target).max() <= 1
+        target = result.real  # else a level lost to rounding would count twice
+        weight = result.mask[..., None].astype(float)
+        assert np.abs(result.fake - (weight * source + (1 - weight) * target)).max() <= 1
+        assert np.array_equal(result.fake[result.mask == 0], result.real[result.mask == 0])
+        mask = plain_mask(image, marks, draw, recipe)
+        assert np.abs(result.mask - mask).mean() < 0.004
+        gap = np.abs(result.fake - (mask[..., None] * source + (1 - mask[..., None]) * target))
+        far, total = far + (gap > 1).sum(), total + gap.size
+    assert far / total < 0.001
+
+
 # --- draws ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def draws():
-    rng = np.random.default_rng(11)
-    return [sbi.draw_blend(rng) for _ in range(1000)]
+SAMPLES = 2000
 
 
-def share(flags):
-    return np.mean(list(flags))
+@pytest.fixture(scope="module", params=sbi.RECIPES)
+def draws(request):
+    """Recipe name and its draws; a seed per sample, as training takes them."""
+    rngs = (sbi.sample_rng(11, "face", frame, 0) for frame in range(SAMPLES))
+    return request.param, [sbi.draw_blend(rng, request.param) for rng in rngs]
+
+
+def assert_shares(values, expected):
+    """Every value of `expected` (value: probability) and no other occurs, within four standard errors."""
+    counts = Counter(values)
+    assert set(counts) == set(expected)
+    for value, probability in expected.items():
+        four_errors = 4 * np.sqrt(probability * (1 - probability) / len(values))
+        assert counts[value] / len(values) == pytest.approx(probability, abs=four_errors), value
+
+
+def assert_uniform(values, low, high, name):
+    """Inside the range, up to its ends, and evenly so (Kolmogorov-Smirnov; fixed seeds, so no test fails by chance)."""
+    values = np.array(values)
+    assert low - 1e-9 <= values.min() and values.max() <= high + 1e-9, name
+    assert values.min() < low + 0.02 * (high - low) and values.max() > high - 0.02 * (high - low), name
+    assert stats.kstest(values, "uniform", (low, high - low)).pvalue > 1e-3, name
 
 
 def test_discrete_choices_have_their_probabilities(draws):
-    """1000 draws: four standard errors are at most 0.063."""
-    assert share(d.first_68 for d in draws) == pytest.approx(0.25, abs=0.055)
-    assert share(d.transform_source for d in draws) == pytest.approx(0.5, abs=0.063)
-    assert share(d.colour.rgb is not None for d in draws) == pytest.approx(0.3, abs=0.058)
+    _, draws = draws
     assert all(d.colour.hsv is not None and d.colour.contrast is not None for d in draws)
-    for counts, expected in (
-        (Counter(d.hull for d in draws), dict.fromkeys(hulls.HULLS, 0.25)),
-        (Counter(d.ratio for d in draws), {0.25: 1 / 6, 0.5: 1 / 6, 0.75: 1 / 6, 1.0: 0.5}),
-        (Counter(d.down_factor for d in draws), {1: 0.5, 2: 0.25, 4: 0.25}),
-        (Counter(d.erode_kernel for d in draws), dict.fromkeys(range(5, 26, 2), 1 / 11)),
-        (Counter(d.blur_kernel for d in draws), dict.fromkeys(range(5, 26, 2), 1 / 11)),
-        (Counter(d.blur_sigma for d in draws), dict.fromkeys(range(5, 46), 1 / 41)),
+    sixth = 1 / 6
+    for pick, expected in (
+        (lambda d: d.first_68, {True: 0.25, False: 0.75}),
+        (lambda d: d.transform_source, {True: 0.5, False: 0.5}),
+        (lambda d: d.colour.rgb is not None, {True: 0.3, False: 0.7}),
+        (lambda d: d.hull, dict.fromkeys(("dfl_full", "extended", "components", "convex"), 0.25)),
+        (lambda d: d.ratio, {0.25: sixth, 0.5: sixth, 0.75: sixth, 1.0: 0.5}),
+        (lambda d: d.down_factor, {1: 0.5, 2: 0.25, 4: 0.25}),
+        (lambda d: d.erode_kernel, dict.fromkeys(range(5, 26, 2), 1 / 11)),
+        (lambda d: d.blur_kernel, dict.fromkeys(range(5, 26, 2), 1 / 11)),
+        (lambda d: d.blur_sigma, dict.fromkeys(range(5, 46), 1 / 41)),
+        (lambda d: d.soft_shape[0], dict.fromkeys(range(192, 257), 1 / 65)),
+        (lambda d: d.soft_shape[1], dict.fromkeys(range(192, 257), 1 / 65)),
     ):
-        assert set(counts) == set(expected)
-        for value, probability in expected.items():
-            four_errors = 4 * np.sqrt(probability * (1 - probability) / 1000)
-            assert counts[value] / 1000 == pytest.approx(probability, abs=four_errors), value
+        assert_shares([pick(d) for d in draws], expected)
 
 
-def test_continuous_choices_fill_their_ranges(draws):
-    def column(pick):
-        return np.array([pick(d) for d in draws if pick(d) is not None]).reshape(-1)
-
-    ranges = {
-        "x": (column(lambda d: d.translate[0]), -0.03, 0.03),
-        "y": (column(lambda d: d.translate[1]), -0.015, 0.015),
-        "scale x": (column(lambda d: d.scale[0]), 0.95, 1 / 0.95),
-        "scale y": (column(lambda d: d.scale[1]), 0.95, 1 / 0.95),
-        "rgb": (column(lambda d: d.colour.rgb), -20, 20),
-        "hue": (column(lambda d: d.colour.hsv[0]), -0.05, 0.05),
-        "saturation": (column(lambda d: d.colour.hsv[1]), -0.3, 0.3),
-        "value": (column(lambda d: d.colour.hsv[2]), -0.3, 0.3),
-        "brightness, contrast": (column(lambda d: d.colour.contrast), -0.1, 0.1),
-        "alpha": (column(lambda d: d.sharpen[0]), 0.2, 0.5),
-        "lightness": (column(lambda d: d.sharpen[1]), 0.5, 1.0),
-        "rows": (column(lambda d: d.soft_shape[0]), 192, 256),
-        "columns": (column(lambda d: d.soft_shape[1]), 192, 256),
+def test_continuous_choices_fill_their_ranges_evenly(draws):
+    recipe, draws = draws
+    hue, rest = (0.3, 0.3) if recipe == "faithful" else (0.05, 0.3)
+    columns = {
+        "x": ([d.translate[0] for d in draws], -0.03, 0.03),
+        "y": ([d.translate[1] for d in draws], -0.015, 0.015),
+        "scale x": ([d.scale[0] for d in draws], 0.95, 1 / 0.95),
+        "scale y": ([d.scale[1] for d in draws], 0.95, 1 / 0.95),
+        "red": ([d.colour.rgb[0] for d in draws if d.colour.rgb is not None], -20, 20),
+        "green": ([d.colour.rgb[1] for d in draws if d.colour.rgb is not None], -20, 20),
+        "blue": ([d.colour.rgb[2] for d in draws if d.colour.rgb is not None], -20, 20),
+        "hue": ([d.colour.hsv[0] for d in draws], -hue, hue),
+        "saturation": ([d.colour.hsv[1] for d in draws], -rest, rest),
+        "value": ([d.colour.hsv[2] for d in draws], -rest, rest),
+        "brightness": ([d.colour.contrast[0] for d in draws], -0.1, 0.1),
+        "contrast": ([d.colour.contrast[1] for d in draws], -0.1, 0.1),
+        "alpha": ([d.sharpen[0] for d in draws], 0.2, 0.5),
+        "lightness": ([d.sharpen[1] for d in draws], 0.5, 1.0),
     }
-    for name, (values, low, high) in ranges.items():
-        part = (values - low) / (high - low)
-        assert -1e-9 <= part.min() < 0.02 and 0.98 < part.max() <= 1 + 1e-9, name
-        assert part.mean() == pytest.approx(0.5, abs=4 * 0.29 / np.sqrt(len(values))), name
-    assert abs(np.corrcoef(ranges["scale x"][0], ranges["scale y"][0])[0, 1]) < 0.13
+    for name, (values, low, high) in columns.items():
+        assert_uniform(values, low, high, name)
+
+
+def test_choices_do_not_depend_on_each_other(draws):
+    """All numbers of a draw side by side: no pair correlates by more than 4.5 standard errors."""
+    _, draws = draws
+    rows = [[d.first_68, d.hull == "convex", d.transform_source, d.colour.rgb is not None, *d.colour.hsv,
+             *d.colour.contrast, d.down_factor, *d.sharpen, *d.translate, *d.scale, *d.soft_shape, d.erode_kernel,
+             d.blur_kernel, d.blur_sigma, d.ratio, *d.noise[40, 40], d.noise[40, 41, 0]] for d in draws]  # fmt: skip
+    table = np.corrcoef(np.array(rows, float).T)
+    assert np.abs(table - np.eye(len(table))).max() < 4.5 / np.sqrt(SAMPLES)
+
+
+def test_elastic_noise_is_white_and_normal(draws):
+    _, draws = draws
+    assert stats.kstest([d.noise[5, 90, 1] for d in draws], "norm").pvalue > 1e-3
+    field = draws[0].noise
+    assert field.shape == (96, 96, 2) and field.dtype == np.float32
+    assert stats.kstest(field.ravel(), "norm").pvalue > 1e-3
+    assert abs(np.corrcoef(field[:, 1:].ravel(), field[:, :-1].ravel())[0, 1]) < 0.03
+    assert len({d.noise.tobytes() for d in draws}) == SAMPLES
+
+
+@pytest.mark.parametrize("recipe", sbi.RECIPES)
+def test_pair_augmentation_draws_from_its_ranges(recipe, monkeypatch):
+    seen, qualities = [], []
+    monkeypatch.setattr(sbi, "_recolour", lambda image, draw, limits: seen.append(draw) or image)
+    monkeypatch.setattr(sbi, "_jpeg", lambda image, quality: qualities.append(quality) or image)
+    image, compressed = np.zeros((4, 4, 3), np.uint8), []
+    for frame in range(SAMPLES):
+        count = len(qualities)
+        sbi.augment_pair(image, image, sbi.sample_rng(5, "pair", frame, 0), recipe)
+        compressed.append(len(qualities) > count)
+    assert all(a is b for a, b in zip(seen[::2], seen[1::2], strict=True)) and qualities[::2] == qualities[1::2]
+    seen, qualities = seen[::2], qualities[::2]
+    for pick in (lambda d: d.rgb, lambda d: d.hsv, lambda d: d.contrast):
+        assert_shares([pick(d) is not None for d in seen], {True: 0.3, False: 0.7})
+    assert_shares(compressed, {True: 0.5, False: 0.5})
+    assert set(qualities) <= set(range(40, 101)) and len(set(qualities)) == 61
+    assert stats.chisquare(list(Counter(qualities).values())).pvalue > 1e-3
+    hue = 0.3 if recipe == "faithful" else 0.05
+    for name, pick, bounds in (
+        ("rgb", lambda d: d.rgb, (20, 20, 20)),
+        ("hsv", lambda d: d.hsv, (hue, 0.3, 0.3)),
+        ("contrast", lambda d: d.contrast, (0.3, 0.3)),
+    ):
+        columns = np.array([pick(d) for d in seen if pick(d) is not None]).T
+        for column, bound in zip(columns, bounds, strict=True):
+            assert_uniform(column, -bound, bound, name)
+
+
+@pytest.mark.parametrize("recipe", sbi.RECIPES)
+def test_flips_and_crops_of_pairs_have_their_shares(recipe, monkeypatch):
+    """Which mirror and which final window 2,000 training pairs ask for; the blending itself is left out."""
+    image, points = cartoon(48, 48), face((24, 26), 26)
+    still, flips, boxes = sbi.SelfBlend(image, image, np.zeros((48, 48), np.float32), image[..., 0]), [], []
+    flip, crop_box = sbi.flip, sbi.crop_box
+    monkeypatch.setattr(sbi, "flip", lambda *a: flips.append(True) or flip(*a))
+    monkeypatch.setattr(sbi, "crop_box", lambda *a: boxes.append((crop_box(*a), hulls.face_box(a[0]))) or boxes[-1][0])
+    monkeypatch.setattr(sbi, "blend", lambda *a: still)
+    monkeypatch.setattr(sbi, "crop", lambda part, box, size: np.zeros((size, size)))
+    monkeypatch.setattr(sbi, "augment_pair", lambda real, fake, rng, recipe: (real, fake))
+    flipped = []
+    for frame in range(SAMPLES):
+        count = len(flips)
+        sbi.training_pair(image, points, sbi.sample_rng(2, "crop", frame, 0), 8, recipe)
+        flipped.append(len(flips) > count)
+    assert_shares(flipped, {True: 0.5, False: 0.5})
+    shares = np.array([(box - tight) / np.repeat([np.subtract(tight[2:], tight[:2])], 2, 0).ravel() * [-1, -1, 1, 1]
+                       for box, tight in boxes])  # fmt: skip
+    assert shares.shape == (SAMPLES, 4)
+    for column in shares.T:
+        assert_uniform(np.clip(column, 0.05, 0.2), 0.05, 0.2, "crop")
+        assert column.min() > 0.05 - 1e-5 and column.max() < 0.2 + 1e-5
+    assert np.abs(np.corrcoef(np.c_[shares, flipped].T) - np.eye(5)).max() < 4.5 / np.sqrt(SAMPLES)
 
 
 def test_thousand_small_blends_keep_their_promises():
