@@ -336,16 +336,17 @@ def test_blend_arithmetic_on_constant_colour(recipe):
     assert np.abs(sbi.blend(image, face((48, 52), 50), draw, recipe).real[0, 0] - altered / 0.94).max() <= 0.51
 
 
-def test_hsv_intended_matches_colorsys_and_wraps():
+@pytest.mark.parametrize("turn", [-0.05, 0.05])
+def test_hsv_intended_matches_colorsys_and_wraps(turn):
     image = cartoon(64, 64, seed=4)
     image[:2, :2] = [[(255, 0, 4), (130, 130, 130)], [(0, 0, 0), (4, 0, 255)]]
-    draw = fixed_draw(transform_source=False, colour=replace(NO_COLOUR, hsv=np.array([-0.05, 0.25, -0.2])))
+    draw = fixed_draw(transform_source=False, colour=replace(NO_COLOUR, hsv=np.array([turn, 0.25, -0.2])))
     real = sbi.blend(image, face((32, 36), 32), draw).real
     for y in range(0, 64, 3):
         for x in range(0, 64, 3):
             for row, column in ((y, x), (y % 2, x % 2)):
                 hue, saturation, value = colorsys.rgb_to_hsv(*(image[row, column] / 255.0))
-                expected = colorsys.hsv_to_rgb((hue - 0.05) % 1, min(saturation * 1.25, 1), min(value * 0.8, 1))
+                expected = colorsys.hsv_to_rgb((hue + turn) % 1, min(saturation * 1.25, 1), min(value * 0.8, 1))
                 assert np.abs(real[row, column] / 255 - expected).max() <= 0.7 / 255
 
 
@@ -616,7 +617,7 @@ def test_flips_and_crops_of_pairs_have_their_shares(recipe, monkeypatch):
     monkeypatch.setattr(sbi, "crop_box", lambda *a: boxes.append((crop_box(*a), hulls.face_box(a[0]))) or boxes[-1][0])
     monkeypatch.setattr(sbi, "blend", lambda *a: still)
     monkeypatch.setattr(sbi, "crop", lambda part, box, size: np.zeros((size, size)))
-    monkeypatch.setattr(sbi, "augment_pair", lambda real, fake, rng, recipe: (real, fake))
+    monkeypatch.setattr(sbi, "_augment", lambda image, *a: image)
     flipped = []
     for frame in range(SAMPLES):
         count = len(flips)
@@ -798,6 +799,25 @@ def test_training_pair_cuts_the_same_window_from_all_three():
         assert real.shape == fake.shape == (48, 48, 3) and real.dtype == fake.dtype == np.uint8
         assert mask.shape == (48, 48) and mask.dtype == np.float32 and 0.2 < mask.max() <= 1
         assert np.array_equal(real[mask == 0], fake[mask == 0]) and not np.array_equal(real, fake)
+
+
+@pytest.mark.parametrize("recipe", sbi.RECIPES)
+@pytest.mark.parametrize(("centre", "side"), [((120, 100), 70), ((3, 20), 60), ((250, 190), 90)])
+def test_a_pair_is_as_if_the_whole_picture_were_augmented(recipe, centre, side):
+    """Only blocks around the crop are compressed; not one pixel may show it."""
+    points = face(centre, side)
+    image, recipe = cartoon(200, 260, points), replace(sbi.RECIPES[recipe], p_jpeg=1)
+    for seed in range(25):
+        pair = sbi.training_pair(image, points, np.random.default_rng(seed), 48, recipe)
+        rng = np.random.default_rng(seed)
+        x0, y0, x1, y1 = sbi.loose_box(points, image.shape[:2])
+        part, marks = image[y0:y1, x0:x1], points - np.float32([x0, y0])
+        if rng.random() < 0.5:
+            part, marks = sbi.flip(part, marks)
+        sample = sbi.self_blend(part, marks, rng, recipe)
+        whole = sbi.augment_pair(sample.real, sample.fake, rng, recipe)
+        box = sbi.crop_box(marks, rng)
+        assert all(np.array_equal(a, sbi.crop(b, box, 48)) for a, b in zip(pair, whole, strict=False))
 
 
 def test_training_pair_flips_half_and_frames_the_face():

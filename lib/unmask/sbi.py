@@ -100,6 +100,7 @@ RECIPES = {
 }
 
 
+_BLOCK = 16  # px: side of the blocks that JPEG compresses, colours at half resolution included
 _DRIFT_SIGMA = 4.0  # frames: smoothness of the drift in a clip
 
 
@@ -236,7 +237,7 @@ def draw_clip(
 
 
 def _to_uint8(pixels: np.ndarray) -> np.ndarray:
-    return np.rint(np.clip(pixels, 0, 255)).astype(np.uint8)
+    return cv2.convertScaleAbs(pixels)  # rounds and cuts off at 255; there is nothing below 0
 
 
 def _shift_hsv_8bit(pixels: np.ndarray, shift: np.ndarray) -> np.ndarray:
@@ -249,23 +250,25 @@ def _shift_hsv_8bit(pixels: np.ndarray, shift: np.ndarray) -> np.ndarray:
 
 def _shift_hsv(pixels: np.ndarray, shift: np.ndarray) -> np.ndarray:
     """Turn the hue by a share of the circle, scale saturation and value by 1 + shift. float32, 0..255."""
-    hue, saturation, value = cv2.split(cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV))
-    hue = (hue + np.float32(360 * shift[0])) % np.float32(360)
-    saturation = np.minimum(saturation * np.float32(1 + shift[1]), 1)
-    value = np.minimum(value * np.float32(1 + shift[2]), 255)
-    return cv2.cvtColor(cv2.merge([hue, saturation, value]), cv2.COLOR_HSV2RGB)
+    hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV)
+    # One pass over the pixels; OpenCV takes a hue of 360 and more as turned round, but not one below 0.
+    hsv = cv2.transform(hsv, np.column_stack([np.diag([1, 1 + shift[1], 1 + shift[2]]), [360 * (shift[0] % 1), 0, 0]]))
+    return cv2.cvtColor(cv2.min(hsv, (720.0, 1.0, 255.0, 0.0)), cv2.COLOR_HSV2RGB)
 
 
 def _recolour(image: np.ndarray, draw: ColourDraw, limits: ColourRange) -> np.ndarray:
     """RGB shift, HSV shift, brightness and contrast of uint8[H,W,3]; float32[H,W,3], 0..255."""
     pixels = image.astype(np.float32)
     if draw.rgb is not None:
-        pixels = np.clip(pixels + draw.rgb.astype(np.float32), 0, 255)
+        pixels += draw.rgb.astype(np.float32)
+        np.clip(pixels, 0, 255, out=pixels)
     if draw.hsv is not None:
         pixels = (_shift_hsv_8bit if limits.eight_bit else _shift_hsv)(pixels, draw.hsv)
     if draw.contrast is not None:
         brightness, contrast = draw.contrast
-        pixels = np.clip(pixels * np.float32(1 + contrast) + np.float32(255 * brightness), 0, 255)
+        pixels *= np.float32(1 + contrast)
+        pixels += np.float32(255 * brightness)
+        np.clip(pixels, 0, 255, out=pixels)
     return pixels
 
 
@@ -330,9 +333,12 @@ def blend(image: np.ndarray, landmarks: np.ndarray, draw: BlendDraw, recipe: str
     )
     if draw.flicker:
         moved = np.clip(moved + np.float32(255 * draw.flicker), 0, 255)
-    weight = mask[y0:y1, x0:x1, None]
+    target = real[y0:y1, x0:x1]
+    moved -= target
+    moved *= mask[y0:y1, x0:x1, None]
+    moved += target
     fake = real.copy()
-    fake[y0:y1, x0:x1] = _to_uint8(weight * moved + (1 - weight) * real[y0:y1, x0:x1])
+    fake[y0:y1, x0:x1] = _to_uint8(moved)
     return SelfBlend(fake, real, mask, 4 * mask * (1 - mask))
 
 
@@ -354,18 +360,34 @@ def _jpeg(image: np.ndarray, quality: int) -> np.ndarray:
     return cv2.cvtColor(cv2.imdecode(encoded, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
 
 
+def _draw_augmentation(rng: np.random.Generator, recipe: Recipe) -> tuple[ColourDraw, int | None]:
+    """Colours and JPEG quality, None for no compression."""
+    draw = _draw_colour(rng, recipe.pair)
+    compress = rng.random() < recipe.p_jpeg
+    quality = int(rng.integers(recipe.jpeg_quality[0], recipe.jpeg_quality[1] + 1))
+    return draw, quality if compress else None
+
+
+def _augment(image: np.ndarray, draw: ColourDraw, quality: int | None, recipe: Recipe) -> np.ndarray:
+    image = _to_uint8(_recolour(image, draw, recipe.pair))
+    return image if quality is None else _jpeg(image, quality)
+
+
 def augment_pair(
     real: np.ndarray, fake: np.ndarray, rng: np.random.Generator, recipe: str | Recipe = "intended"
 ) -> tuple[np.ndarray, np.ndarray]:
     """Training augmentation with the same parameters on both images uint8[H,W,3]: colours, then JPEG compression."""
     recipe = find_recipe(recipe)
-    draw = _draw_colour(rng, recipe.pair)
-    compress = rng.random() < recipe.p_jpeg
-    quality = int(rng.integers(recipe.jpeg_quality[0], recipe.jpeg_quality[1] + 1))
-    pair = [_to_uint8(_recolour(image, draw, recipe.pair)) for image in (real, fake)]
-    if compress:
-        pair = [_jpeg(image, quality) for image in pair]
-    return pair[0], pair[1]
+    draw, quality = _draw_augmentation(rng, recipe)
+    return _augment(real, draw, quality, recipe), _augment(fake, draw, quality, recipe)
+
+
+def _around(box: np.ndarray, shape: tuple[int, int]) -> tuple[slice, slice]:
+    """Rows and columns of the whole JPEG blocks around a crop box, and one block more, which colours bleed into."""
+    low = np.maximum(box[:2].astype(int) // _BLOCK - 1, 0) * _BLOCK
+    high = (box[2:].astype(int) // _BLOCK + 2) * _BLOCK
+    x, y = (slice(min(a, side - 1), max(b, 1)) for a, b, side in zip(low, high, shape[::-1], strict=True))
+    return y, x
 
 
 def training_pair(
@@ -380,13 +402,18 @@ def training_pair(
     image: uint8[H,W,3] RGB frame or crop; landmarks float[68 or 81, 2] in its pixels. Loose crop, flip (p=.5),
     self-blend, the same augmentation on both, the same final crop on all three. ValueError as in `self_blend`.
     """
+    recipe = find_recipe(recipe)
     points = check_face(image, landmarks)
     x0, y0, x1, y1 = loose_box(points, image.shape[:2])
     image, points = image[y0:y1, x0:x1], points - np.array([x0, y0], np.float32)
     if rng.random() < 0.5:
         image, points = flip(image, points)
     sample = self_blend(image, points, rng, recipe)
-    real, fake = augment_pair(sample.real, sample.fake, rng, recipe)
-    box = crop_box(points, rng)
+    augmentation = _draw_augmentation(rng, recipe)
+    box = np.rint(crop_box(points, rng))
     mask = np.minimum(crop(sample.mask, box, size), 1)  # area averages of 1 may round to just above
-    return crop(real, box, size), crop(fake, box, size), mask
+    # Pixels that the crop leaves out need no augmentation; whole blocks keep the compression as it was.
+    rows, columns = _around(box, image.shape[:2])
+    inner = box - np.array([columns.start, rows.start] * 2)
+    real, fake = (_augment(part[rows, columns], *augmentation, recipe) for part in (sample.real, sample.fake))
+    return crop(real, inner, size), crop(fake, inner, size), mask
