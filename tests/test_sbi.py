@@ -804,9 +804,13 @@ def test_training_pair_cuts_the_same_window_from_all_three():
 @pytest.mark.parametrize("recipe", sbi.RECIPES)
 @pytest.mark.parametrize(("centre", "side"), [((120, 100), 70), ((3, 20), 60), ((250, 190), 90)])
 def test_a_pair_is_as_if_the_whole_picture_were_augmented(recipe, centre, side):
-    """Only blocks around the crop are compressed; not one pixel may show it."""
-    points = face(centre, side)
-    image, recipe = cartoon(200, 260, points), replace(sbi.RECIPES[recipe], p_jpeg=1)
+    """Only blocks around the crop are compressed; not one pixel may show it.
+
+    8-bit HSV is left out: OpenCV rounds or cuts off there by a pixel's place in its vectors, so by the picture's width.
+    """
+    points, base = face(centre, side), sbi.RECIPES[recipe]
+    pair = replace(base.pair, p_hsv=0 if base.pair.eight_bit else 1)
+    image, recipe = cartoon(200, 260, points), replace(base, p_jpeg=1, pair=pair)
     for seed in range(25):
         pair = sbi.training_pair(image, points, np.random.default_rng(seed), 48, recipe)
         rng = np.random.default_rng(seed)
