@@ -7,6 +7,10 @@ from pathlib import Path
 
 from unmask.profile import Profile, ProfileError, load_profile, parse_changes
 
+# What `unmask train` takes; kept here too, so that the parser needs no PyTorch.
+VARIANTS = ("convnext", "convnext-fusion", "convnext-frequency")
+HEADS = ("mean", "gru", "transformer")
+
 
 def _profile(options: argparse.Namespace) -> Profile:
     return load_profile(options.profile, parse_changes(options.set))
@@ -100,11 +104,20 @@ def unsupervised(options: argparse.Namespace) -> int:
 
 
 def train(options: argparse.Namespace) -> int:
-    from unmask.training import train_detector
+    profile = _profile(options)
+    given = options.detector, profile, options.manifest, options.crops, options.out, options.seed
+    if options.detector in HEADS:
+        from unmask.temporal import train_head
 
-    out = train_detector(
-        options.detector, _profile(options), options.manifest, options.crops, options.out, options.seed
-    )
+        if not options.backbone:
+            raise ProfileError(f"{options.detector} is a head over clips: name the detector below it by --backbone.")
+        out = train_head(*given, options.backbone, options.features, workers=profile.workers)
+    else:
+        from unmask.training import train_detector
+
+        if options.backbone or options.features:
+            raise ProfileError(f"--backbone and --features are for {', '.join(HEADS)}.")
+        out = train_detector(*given)
     print(f"Checkpoint: {out}")
     return 0
 
@@ -205,7 +218,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--workers", type=_positive, help="processes")
     sub = command(train, "Train a detector on real faces and their self-blends.")
-    sub.add_argument("detector", choices=["convnext"])
+    sub.add_argument("detector", choices=[*VARIANTS, *HEADS])
+    sub.add_argument(
+        "--backbone", metavar="CKPT_DIR", help=f"for {', '.join(HEADS)}: the detector of single frames, which stays"
+    )
+    sub.add_argument("--features", metavar="DIR", help="where its features are kept (default: beside the crops)")
     sub.add_argument("--manifest", required=True)
     sub.add_argument("--crops", required=True, help="the folder that `unmask preprocess` filled")
     sub.add_argument("--out", required=True, metavar="CKPT_DIR")

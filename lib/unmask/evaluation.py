@@ -95,6 +95,31 @@ def _aucs(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.nda
     return np.divide((positive * below).sum(1), mass, out=np.full(len(weights), np.nan), where=mass > 0)
 
 
+def _mean_aucs(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The mean AUC over the columns of scores[N,S], for every row of weights[D,N]."""
+    return np.mean([_aucs(labels, column, weights) for column in scores.T], axis=0)
+
+
+def _bootstrap(statistic, groups, level: float, draws: int, seed: int) -> tuple[float, float, float]:
+    """statistic(weights[D,N]) -> [D] of all items, with a percentile interval over groups drawn with replacement."""
+    _, member = np.unique(np.asarray(groups).astype(str), return_inverse=True)
+    count = member.max() + 1
+    value = float(statistic(np.ones((1, len(member))))[0])
+    if count < 2 or np.isnan(value):
+        return value, float("nan"), float("nan")
+    rng, sample = np.random.default_rng(seed), []
+    for start in range(0, draws, 200):  # bounds the memory at 200 x N
+        drawn = rng.multinomial(count, np.full(count, 1 / count), size=min(200, draws - start))
+        sample.append(statistic(drawn[:, member].astype(float)))
+    low, high = np.nanquantile(np.concatenate(sample), [(1 - level) / 2, (1 + level) / 2])
+    return value, float(low), float(high)
+
+
+def _columns(scores) -> np.ndarray:
+    scores = np.asarray(scores, float)
+    return scores[:, None] if scores.ndim == 1 else scores
+
+
 def auc_interval(
     labels, scores, groups, level: float = 0.95, draws: int = 1000, seed: int = 0
 ) -> tuple[float, float, float]:
@@ -104,25 +129,27 @@ def auc_interval(
     float[N,S] for S seeds of one detector: then the AUC is the mean over seeds, in every draw too. NaN if a class is
     missing; the interval is NaN with fewer than two groups.
     """
-    labels, scores = np.asarray(labels), np.asarray(scores, float)
-    columns = scores[:, None] if scores.ndim == 1 else scores
+    labels, scores = np.asarray(labels), _columns(scores)
     if len(labels) == 0:
         return (float("nan"),) * 3
-    _, member = np.unique(np.asarray(groups).astype(str), return_inverse=True)
-    count = member.max() + 1
+    return _bootstrap(lambda weights: _mean_aucs(labels, scores, weights), groups, level, draws, seed)
 
-    def mean_auc(weights: np.ndarray) -> np.ndarray:
-        return np.mean([_aucs(labels, column, weights) for column in columns.T], axis=0)
 
-    auc = float(mean_auc(np.ones((1, len(labels))))[0])
-    if count < 2 or np.isnan(auc):
-        return auc, float("nan"), float("nan")
-    rng, sample = np.random.default_rng(seed), []
-    for start in range(0, draws, 200):  # bounds the memory at 200 x N
-        drawn = rng.multinomial(count, np.full(count, 1 / count), size=min(200, draws - start))
-        sample.append(mean_auc(drawn[:, member].astype(float)))
-    low, high = np.nanquantile(np.concatenate(sample), [(1 - level) / 2, (1 + level) / 2])
-    return auc, float(low), float(high)
+def auc_difference(
+    labels, scores, others, groups, level: float = 0.95, draws: int = 1000, seed: int = 0
+) -> tuple[float, float, float]:
+    """AUC of `scores` minus that of `others` on the same items, with a paired interval: (difference, low, high).
+
+    Arguments as in `auc_interval`; every draw of groups serves both detectors, so that what is hard for both cancels.
+    """
+    labels, scores, others = np.asarray(labels), _columns(scores), _columns(others)
+    if len(labels) == 0:
+        return (float("nan"),) * 3
+
+    def difference(weights: np.ndarray) -> np.ndarray:
+        return _mean_aucs(labels, scores, weights) - _mean_aucs(labels, others, weights)
+
+    return _bootstrap(difference, groups, level, draws, seed)
 
 
 def equal_error_rate(labels, scores) -> float:

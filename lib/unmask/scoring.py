@@ -32,18 +32,49 @@ def frame_images(store: CropStore, rows: pd.DataFrame, size: int) -> np.ndarray:
     return images
 
 
+def windows(count: int, frames: int) -> list[np.ndarray]:
+    """Positions 0..count-1 of a clip in the fewest windows of at most `frames`, alike in length, every frame once."""
+    return [part for part in np.array_split(np.arange(count), max(-(-count // frames), 1)) if len(part)]
+
+
 @torch.no_grad()
-def score_crops(detector: base.Detector, store: CropStore, index: pd.DataFrame, batch: int = 64) -> pd.DataFrame:
-    """P(fake) of every crop and, with frame -1, of every item (mean over its frames): columns item_id, frame, score."""
-    index = index.sort_values(["item_id", "frame"], ignore_index=True)
+def _probabilities(detector: base.Detector, clips: np.ndarray) -> np.ndarray:
+    """P(fake) float64[B] of clips uint8[B,T,S,S,3]."""
+    logits = detector(detector.prepare(torch.from_numpy(clips).to(device(detector))))
+    return torch.sigmoid(logits.double()).cpu().numpy()
+
+
+def _score_frames(detector: base.Detector, store: CropStore, index: pd.DataFrame, batch: int) -> pd.DataFrame:
+    """P(fake) of every crop and, with frame -1, of every item (mean over its frames)."""
     probabilities = []
     for start in track(range(0, len(index), batch), label="scoring, batches"):
-        images = torch.from_numpy(frame_images(store, index.iloc[start : start + batch], detector.input_spec.size))
-        logits = detector(detector.prepare(images.to(device(detector))).unsqueeze(1))
-        probabilities.append(torch.sigmoid(logits.double()).cpu().numpy())
+        images = frame_images(store, index.iloc[start : start + batch], detector.input_spec.size)
+        probabilities.append(_probabilities(detector, images[:, None]))
     frames = index[["item_id", "frame"]].assign(score=np.concatenate(probabilities) if probabilities else np.empty(0))
     clips = frames.groupby("item_id", as_index=False)["score"].mean().assign(frame=-1)
-    return pd.concat([frames, clips], ignore_index=True).astype({"frame": "int32"})
+    return pd.concat([frames, clips], ignore_index=True)
+
+
+def _score_clips(detector: base.Detector, store: CropStore, index: pd.DataFrame) -> pd.DataFrame:
+    """P(fake) of every item, frame -1: the mean over the windows of its crops in order."""
+    rows = []
+    groups = index.groupby("item_id", sort=True)
+    for name, part in track(groups, groups.ngroups, "scoring, clips"):
+        images = frame_images(store, part, detector.input_spec.size)
+        scores = [_probabilities(detector, images[None, w])[0] for w in windows(len(part), detector.input_spec.frames)]
+        rows.append((name, np.mean(scores)))
+    return pd.DataFrame(rows, columns=["item_id", "score"]).astype({"score": float}).assign(frame=-1)
+
+
+def score_crops(detector: base.Detector, store: CropStore, index: pd.DataFrame, batch: int = 64) -> pd.DataFrame:
+    """P(fake) of every item with frame -1, and before that of every crop if the detector judges single frames: columns
+    item_id, frame, score. A detector of clips gives none for single frames."""
+    index = index.sort_values(["item_id", "frame"], ignore_index=True)
+    if detector.input_spec.frames > 1:
+        scores = _score_clips(detector, store, index)
+    else:
+        scores = _score_frames(detector, store, index, batch)
+    return scores[["item_id", "frame", "score"]].astype({"frame": "int32"})
 
 
 def score_table(

@@ -1,0 +1,270 @@
+"""Frozen features, computed once: what a detector of single frames makes of crops (`frame_outputs`), kept for heads.
+
+A cache is a folder `CHECKPOINT-KEY`; KEY covers the crops' hashes, how they were cut, the weights, the clips that are
+made of them and the source code. It holds safetensors shards, which an interrupted run adds to, and at last
+`index.parquet` with a row per frame: a folder with an index is whole.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pyarrow
+import torch
+from safetensors.numpy import load, save
+
+from unmask import clips, hulls, sbi, scoring
+from unmask.data.crops import CropStore
+from unmask.detectors import base, temporal
+from unmask.detectors.temporal import frame_outputs
+from unmask.pairs import fingerprint
+from unmask.profile import digest, source_hash, write_atomic
+from unmask.progress import track
+from unmask.scoring import frame_images, windows
+from unmask.training import device
+
+INDEX = "index.parquet"
+SHARD = 24  # clips in a shard: what a kill can cost
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the shards of one cache have in common. `kinds`: which clips to make of an item; none: its crops as they
+    are. At most `frames` in a row of an item go into a made clip."""
+
+    checkpoint: str
+    crops: str
+    folder: str
+    kinds: tuple[str, ...] = ()
+    frames: int = 0
+    seed: int = 0
+    recipe: str = "intended"
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Padded clips: features float32[B,T,D], logits float32[B,T], mask bool[B,T], and `rows`: item_id, version, kind,
+    label (-1 where it is not known here) of every clip."""
+
+    features: np.ndarray
+    logits: np.ndarray
+    mask: np.ndarray
+    rows: pd.DataFrame
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True)
+class Features:
+    """A whole cache: features float16[N,D], logits float32[N] and `rows`: item_id, version, kind, label, frame, pts."""
+
+    features: np.ndarray
+    logits: np.ndarray
+    rows: pd.DataFrame
+    name: str
+
+    def items(self) -> Iterator[tuple[dict, np.ndarray]]:
+        """Every clip as a row of facts and the positions of its frames, in order."""
+        for key, part in self.rows.groupby(["item_id", "version", "kind", "label"], sort=False).indices.items():
+            yield dict(zip(("item_id", "version", "kind", "label"), key, strict=True)), np.sort(part)
+
+    def clips(self, frames: int, order: str = "in order", seed: int = 0) -> Clips:
+        """Windows of at most `frames` frames as padded arrays; a longer clip gives several (see `scoring.windows`).
+
+        order: "in order"; "shuffled", the frames of an item in a random order of its own; or "frozen", its middle
+        frame in place of all. ValueError for another order.
+        """
+        picks, rows = [], []
+        for row, where in self.items():
+            where = arranged(where, order, sbi.sample_rng(seed, row["item_id"], row["version"], 0))
+            for window in windows(len(where), frames):
+                picks.append(where[window])
+                rows.append(row)
+        width = max((len(pick) for pick in picks), default=0)
+        mask = np.arange(width) < np.array([len(pick) for pick in picks]).reshape(-1, 1)
+        at = np.zeros(mask.shape, int)
+        at[mask] = np.concatenate(picks) if picks else []
+        table = pd.DataFrame(rows, columns=["item_id", "version", "kind", "label"])
+        features = np.where(mask[..., None], self.features[at].astype(np.float32), 0)
+        return Clips(features, np.where(mask, self.logits[at], 0), mask, table)
+
+
+def arranged(where: np.ndarray, order: str, rng: np.random.Generator) -> np.ndarray:
+    """Positions int[N] of a clip's frames "in order", "shuffled" or "frozen" (the middle one N times)."""
+    if order not in ("in order", "shuffled", "frozen"):
+        raise ValueError(f"frames are in order, shuffled or frozen, not {order!r}")
+    if order == "frozen":
+        return np.repeat(where[len(where) // 2], len(where))
+    return rng.permutation(where) if order == "shuffled" else where
+
+
+def of_crops(
+    checkpoint: str | os.PathLike,
+    crops: str | os.PathLike,
+    rows: pd.DataFrame,
+    out: str | os.PathLike,
+    workers: int = 1,
+) -> Features:
+    """Features of the evaluation crops of index rows (`scoring.frame_images`), cached in the folder `out`.
+
+    checkpoint: the folder of a detector of single frames. workers: processes; 0 is this one; never changes a result.
+    Stopped at any point, the same call goes on from its last shard. Raises CheckpointError and CropError.
+    """
+    task = Task(str(checkpoint), str(crops), "")
+    return _cached(task, rows, [(part, 0) for part in _per_item(rows)], out, workers)
+
+
+def of_made_clips(
+    checkpoint: str | os.PathLike,
+    crops: str | os.PathLike,
+    rows: pd.DataFrame,
+    out: str | os.PathLike,
+    frames: int,
+    versions: int,
+    seed: int,
+    recipe: str = "intended",
+    workers: int = 1,
+) -> Features:
+    """Features of `versions` sets of clips (`clips.make_clips`) of every item, cached as in `of_crops`.
+
+    rows: index rows of real media. Every clip is of at most `frames` crops in a row, drawn anew in every version.
+    """
+    task = Task(str(checkpoint), str(crops), "", tuple(clips.LABELS), frames, seed, recipe)
+    units = [(part, version) for part in _per_item(rows) for version in range(versions)]
+    return _cached(task, rows, units, out, workers)
+
+
+def _per_item(rows: pd.DataFrame) -> list[list[dict]]:
+    rows = rows.sort_values(["item_id", "frame"], ignore_index=True)
+    return [part.to_dict("records") for _, part in rows.groupby("item_id", sort=True)]
+
+
+def _cached(task: Task, rows: pd.DataFrame, units: list, out: str | os.PathLike, workers: int) -> Features:
+    card = base.read_checkpoint(task.checkpoint)[1]
+    if card["input"]["frames"] != 1:
+        raise base.CheckpointError(
+            f"{task.checkpoint} judges clips; a head needs a detector of single frames below it."
+        )
+    source = source_hash(
+        sys.modules[__name__], clips, sbi, hulls, scoring, temporal, base, base.module(card["detector"])
+    )
+    content = [task.kinds, task.frames, task.seed, task.recipe, len(units)]
+    crops = [CropStore(task.crops).settings(), fingerprint(rows.sort_values(["item_id", "frame"]))] if len(rows) else []
+    name = f"{card['sha256'][:12]}-{digest([card['sha256'], content, crops, source])}"
+    folder = Path(out) / name
+    if not (folder / INDEX).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        shards = [units[i : i + SHARD] for i in range(0, len(units), SHARD)]
+        task = Task(**vars(task) | {"folder": str(folder)})
+        missing = [(task, k, shard) for k, shard in enumerate(shards) if not _shard(folder, k).exists()]
+        for _ in track(_run(missing, workers), len(missing), "features, shards"):
+            pass
+        buffer = pyarrow.BufferOutputStream()
+        _rows(task, units).to_parquet(buffer, index=False)
+        write_atomic(folder / INDEX, buffer.getvalue().to_pybytes())
+    return _read(folder)
+
+
+def _shard(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.safetensors"
+
+
+def _read(folder: Path) -> Features:
+    rows = pd.read_parquet(folder / INDEX)
+    parts = [load(path.read_bytes()) for path in sorted(folder.glob("*.safetensors"))]
+    features, logits = (
+        np.concatenate([part[key] for part in parts]) if parts else np.empty(shape, kind)
+        for key, shape, kind in (("features", (0, 0), np.float16), ("logits", (0,), np.float32))
+    )
+    return Features(features, logits, rows, folder.name)
+
+
+def _run(shards: list, workers: int) -> Iterator[None]:
+    """Make shards in this process or in others; one thread each, since the number of threads changes sums."""
+    if torch.cuda.is_available() or workers == 0 or len(shards) < 2:
+        with _one_thread():
+            yield from map(_make_shard, shards)
+        return
+    with ProcessPoolExecutor(min(workers, len(shards)), multiprocessing.get_context("spawn"), _start_worker) as pool:
+        yield from pool.map(_make_shard, shards)
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _window(unit: tuple[list[dict], int], task: Task) -> tuple[list[dict], np.random.Generator]:
+    """The crops that a made clip takes, and the dice for the rest."""
+    records, version = unit
+    rng = sbi.sample_rng(task.seed, records[0]["item_id"], version, 0)
+    start = int(rng.integers(max(len(records) - task.frames, 0) + 1))
+    return records[start : start + task.frames], rng
+
+
+def _rows(task: Task, units: list) -> pd.DataFrame:
+    """The index: a row per frame of every clip, in the order of the shards."""
+    rows = []
+    for records, version in units:
+        used = _window((records, version), task)[0] if task.kinds else records
+        for kind, label in ((k, clips.LABELS[k]) for k in task.kinds) if task.kinds else (("crops", -1),):
+            rows += [(row["item_id"], version, kind, label, row["frame"], row["pts"], row["sha256"]) for row in used]
+    columns = ["item_id", "version", "kind", "label", "frame", "pts", "sha256"]
+    kinds = {"version": "int32", "label": "int8", "frame": "int32", "pts": "float64"}
+    return pd.DataFrame(rows, columns=columns).astype(kinds)
+
+
+def _pictures(store: CropStore, unit: tuple[list[dict], int], task: Task, size: int) -> list[np.ndarray]:
+    """The clips of one unit, uint8[T,size,size,3] each."""
+    if not task.kinds:
+        return [frame_images(store, pd.DataFrame(unit[0]), size)]
+    used, rng = _window(unit, task)
+    images = [store.image(row) for row in used]
+    points = [np.asarray(row["landmarks"], np.float32).reshape(-1, 2) for row in used]
+    made = clips.make_clips(images, points, rng, size, task.recipe)
+    return [made[kind] for kind in task.kinds]
+
+
+_LOADED: dict[str, base.Detector] = {}
+
+
+def _detector(checkpoint: str) -> base.Detector:
+    """The frozen detector, loaded once in a process."""
+    sha = base.read_checkpoint(checkpoint)[1]["sha256"]
+    if sha not in _LOADED:
+        _LOADED.clear()
+        _LOADED[sha] = base.load_checkpoint(checkpoint)[0].to("cuda" if torch.cuda.is_available() else "cpu")
+    return _LOADED[sha]
+
+
+@torch.no_grad()
+def _make_shard(work: tuple[Task, int, Sequence]) -> None:
+    """Compute one shard. Every clip is a batch of its own, so that no other clip changes its features."""
+    task, number, units = work
+    detector, store = _detector(task.checkpoint), CropStore(task.crops)
+    outputs = []
+    for unit in units:
+        for images in _pictures(store, unit, task, detector.input_spec.size):
+            outputs.append(frame_outputs(detector, detector.prepare(torch.from_numpy(images).to(device(detector)))))
+    features, logits = (torch.cat(part).cpu() for part in zip(*outputs, strict=True))
+    content = {"features": features.half().numpy(), "logits": logits.float().numpy()}
+    write_atomic(_shard(Path(task.folder), number), save(content))
