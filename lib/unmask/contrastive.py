@@ -21,9 +21,9 @@ import torch
 from safetensors.torch import save as to_safetensors
 from sklearn.cluster import KMeans
 
-from unmask import hulls, learning, sbi, training, views
+from unmask import hulls, learning, pairs, sbi, training, views
 from unmask.data.crops import CropStore
-from unmask.detectors import base, convnext, embedding
+from unmask.detectors import base, convnext, embedding, frequency
 from unmask.learning import LoopOptions, Run
 from unmask.pairs import TrainingError, fingerprint
 from unmask.profile import digest, source_hash, write_atomic
@@ -173,7 +173,9 @@ def data_key(rows: pd.DataFrame, val_rows: pd.DataFrame) -> list:
 
 def own_source() -> str:
     """Hash of the code that decides what `learn` leaves."""
-    return source_hash(sbi, hulls, base, convnext, embedding, views, training, learning, sys.modules[__name__])
+    return source_hash(
+        sbi, hulls, base, convnext, frequency, embedding, pairs, views, training, learning, sys.modules[__name__]
+    )
 
 
 def starting_network(config: dict, init: str, seed: int) -> embedding.Embedding:

@@ -29,7 +29,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from unmask import hulls, optim, pairs, sbi
 from unmask.data.crops import CropStore, read_index
 from unmask.data.manifest import read_manifest
-from unmask.detectors import base
+from unmask.detectors import base, frequency
 from unmask.pairs import (
     LabelledPairs,
     SelfBlendPairs,
@@ -182,7 +182,7 @@ def train(
     out, config = Path(out), dict(config) | VARIANTS[name]
     splits = {split: _split_rows(index, manifest, split, options) for split in ("train", "val")}
     used = [fingerprint(rows) for split in splits.values() for rows in split]
-    source = source_hash(sbi, hulls, optim, pairs, base, base.module(DETECTOR), sys.modules[__name__])
+    source = source_hash(sbi, hulls, optim, pairs, base, frequency, base.module(DETECTOR), sys.modules[__name__])
     folder = _init_folder(options)
     init = base.read_checkpoint(folder)[1]["sha256"] if folder else ""
     key = digest([name, config, options.key(), init, *used, source])
