@@ -93,3 +93,13 @@ def tiny_checkpoint(tiny_world, tiny_crops) -> Path:
 
     manifest, out = tiny_world / "manifest.parquet", tiny_world.parent / "checkpoint"
     return train_detector("convnext", tiny_profile(), manifest, tiny_crops, out, seed=0)
+
+
+@pytest.fixture(scope="session")
+def dense_crops(tiny_world) -> Path:
+    """Crops of four frames in a row of the same media."""
+    from unmask.preprocessing import preprocess
+
+    settings = dict(tiny_profile().preprocess) | {"sampling": "dense", "frames": 4}
+    preprocess(tiny_world / "manifest.parquet", out := tiny_world.parent / "dense", workers=0, **settings)
+    return out

@@ -252,7 +252,9 @@ def _detector(checkpoint: str) -> base.Detector:
     sha = base.read_checkpoint(checkpoint)[1]["sha256"]
     if sha not in _LOADED:
         _LOADED.clear()
-        _LOADED[sha] = base.load_checkpoint(checkpoint)[0].to("cuda" if torch.cuda.is_available() else "cpu")
+        with torch.random.fork_rng():  # building it draws weights that the checkpoint then replaces
+            detector = base.load_checkpoint(checkpoint)[0]
+        _LOADED[sha] = detector.to("cuda" if torch.cuda.is_available() else "cpu")
     return _LOADED[sha]
 
 

@@ -73,13 +73,21 @@ def training_clips(
     """Frozen features of the made clips of the train and validation splits, computed or read from `cache`."""
     index, keys = read_index(crops), profile.temporal
     drawn = {"train": keys.versions, "val": VAL_VERSIONS}
-    rows = {split: real_crops(index, manifest, split) for split in drawn}
+    rows = {split: _videos(real_crops(index, manifest, split), split) for split in drawn}
     return tuple(
         features.of_made_clips(
             backbone, crops, rows[split], cache, keys.frames, versions, seed, profile.sbi.recipe, workers
         )
         for split, versions in drawn.items()
     )
+
+
+def _videos(rows: pd.DataFrame, split: str) -> pd.DataFrame:
+    """The crops of items that have more than one: a single frame has no time to learn from."""
+    rows = rows[rows.groupby("item_id")["frame"].transform("size") > 1]
+    if rows.empty:
+        raise TrainingError(f"No real item of the {split} split has more than one crop; heads learn from videos.")
+    return rows
 
 
 def train_head(
@@ -120,27 +128,34 @@ def fit(
 ) -> Path:
     """`train_head` from features at hand. preprocessing: how the crops were made, for the checkpoint's card."""
     out = Path(out)
-    spatial, card = base.load_checkpoint(backbone)
-    config = config | {"spatial": {"detector": card["detector"], "config": spatial.config}}
+    below = base.read_checkpoint(backbone)[1]
+    config = config | {"spatial": {key: below[key] for key in ("detector", "config")}}
     source = source_hash(base, heads, sys.modules[__name__])
-    key = digest([name, config, vars(options), card["sha256"], train.name, val.name, source])
+    key = digest([name, config, vars(options), below["sha256"], train.name, val.name, source])
     if (out / base.CONFIG).exists() and json.loads((out / base.CONFIG).read_text()).get("training_key") == key:
         return out
     with own_randomness(options.seed):
-        try:
-            detector = base.build(name, **config)
-        except (ValueError, AssertionError) as error:  # torch asserts that heads divide the width
-            raise TrainingError(f"The head cannot be built from the profile's temporal keys: {error}") from error
-        detector.adopt(spatial)
+        detector = _start(name, config, backbone)
         frames = detector.input_spec.frames
         history, best = _epochs(detector, train.clips(frames), val.clips(frames), out, options, key)
-        detector.load_state_dict(best, strict=False)
-        base.save_checkpoint(
-            detector, out, training_key=key, seed=options.seed, options=vars(options), history=history,
-            preprocessing=preprocessing, backbone=card["sha256"],
-        )  # fmt: skip
+    detector.load_state_dict(best, strict=False)
+    base.save_checkpoint(
+        detector, out, training_key=key, seed=options.seed, options=vars(options), history=history,
+        preprocessing=preprocessing, backbone=below["sha256"],
+    )  # fmt: skip
     (out / STATE).unlink(missing_ok=True)
     return out
+
+
+def _start(name: str, config: dict, backbone: str | os.PathLike) -> heads.Temporal:
+    """A new head on the weights of the detector in `backbone`."""
+    spatial, _ = base.load_checkpoint(backbone)
+    try:
+        detector = base.build(name, **config)
+    except (ValueError, AssertionError) as error:  # torch asserts that heads divide the width
+        raise TrainingError(f"The head cannot be built from the profile's temporal keys: {error}") from error
+    detector.adopt(spatial)
+    return detector
 
 
 def _tensors(clips: Clips) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
