@@ -9,6 +9,7 @@ from unmask import leaks
 from unmask.data.manifest import COLUMNS, item_id, read_manifest, write_manifest
 from unmask.evaluation import (
     ScoreError,
+    auc_difference,
     auc_interval,
     balanced_threshold,
     equal_error_rate,
@@ -367,3 +368,38 @@ def test_a_forest_on_the_files_alone_finds_a_leak_of_the_train_split_and_nothing
     assert auc(facts.assign(codec=codec)) == 1.0
     lost = facts.assign(codec=codec, label=facts["label"].where(facts["split"] != "train", 0))
     assert auc(lost) == 0.5, "nothing to learn from"
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_the_difference_is_that_of_a_plain_paired_bootstrap(seeds):
+    """Both detectors are judged on the same draws of groups, one scikit-learn AUC at a time."""
+    rng = np.random.default_rng(4)
+    labels, groups = np.tile([0, 1], 30), np.repeat(list("abcdefghijklmno"), 4)
+    hard = rng.normal(size=(60, 1))
+    one, other = (np.round(hard + 0.3 * rng.normal(size=(60, seeds)) + labels[:, None] * g, 1) for g in (1.0, 0.6))
+
+    def mean_auc(scores, rows):
+        return np.mean([roc_auc_score(labels[rows], column[rows]) for column in scores.T])
+
+    drawn = np.random.default_rng(7)
+    counts = np.concatenate([drawn.multinomial(15, np.full(15, 1 / 15), size=n) for n in (200, 100)])
+    expected = []
+    for count in counts:
+        rows = np.concatenate([np.flatnonzero(groups == g) for g in np.repeat(list("abcdefghijklmno"), count)])
+        expected.append(mean_auc(one, rows) - mean_auc(other, rows))
+    given = (one[:, 0], other[:, 0]) if seeds == 1 else (one, other)
+    found = auc_difference(labels, *given, groups, level=0.9, draws=300, seed=7)
+    everything = np.arange(60)
+    gain = mean_auc(one, everything) - mean_auc(other, everything)
+    assert found == pytest.approx((gain, *np.quantile(expected, [0.05, 0.95])))
+    _, low, high = auc_interval(labels, given[0], groups, level=0.9, draws=300, seed=7)
+    assert found[2] - found[1] < high - low, "what is hard for both cancels"
+
+
+def test_a_difference_to_itself_is_nothing_and_without_a_class_there_is_none():
+    labels, scores = np.array([0, 1, 0, 1]), np.array([0.1, 0.4, 0.3, 0.2])
+    assert auc_difference(labels, scores, scores, list("aabb")) == (0, 0, 0)
+    assert np.isnan(auc_difference([1, 1], [0.1, 0.2], [0.3, 0.2], ["a", "b"])).all()
+    assert np.isnan(auc_difference([], [], [], [])).all()
+    value, low, high = auc_difference([0, 1], [0.1, 0.2], [0.2, 0.1], ["a", "a"])
+    assert value == 1 and np.isnan([low, high]).all(), "one group cannot be drawn anew"

@@ -16,6 +16,7 @@ from unmask.data.faces import build_locator
 from unmask.data.manifest import read_manifest
 from unmask.data.video import read_frames
 from unmask.data.world import generate
+from unmask.detectors import base
 from unmask.detectors.base import CheckpointError, load_checkpoint
 from unmask.evaluation import ScoreError, read_scores, write_scores
 
@@ -176,3 +177,54 @@ def test_the_locator_is_the_best_whose_weights_are_here(monkeypatch, tmp_path):
     assert scoring.best_locator() == "haar"
     (tmp_path / "face_detection_yunet.onnx").touch()
     assert scoring.best_locator() == "yunet"
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory, tiny_checkpoint):
+    """A GRU of random weights over windows of three frames, on the tiny checkpoint."""
+    spatial, card = load_checkpoint(tiny_checkpoint)
+    below = {"detector": card["detector"], "config": card["config"]}
+    torch.manual_seed(2)
+    detector = base.build("gru", spatial=below, frames=3, width=8)
+    detector.adopt(spatial)
+    detector.last.weight.data *= 50  # scores that differ
+    preprocessing = card["preprocessing"] | {"frames": 4, "sampling": "dense"}
+    return base.save_checkpoint(detector, tmp_path_factory.mktemp("gru"), preprocessing=preprocessing, seed=0)
+
+
+def test_a_detector_of_clips_scores_clips_alone(head, dense_crops):
+    """Four frames in windows of at most three: two and two; every window alone, then their mean."""
+    (detector, _), store, index = load_checkpoint(head), CropStore(dense_crops), read_index(dense_crops)
+    sizes = index.groupby("item_id").size()
+    names = [*sizes.index[sizes == 4][:3], *sizes.index[sizes == 1][:2]]
+    rows = index[index["item_id"].isin(names)]
+    table = scoring.score_crops(detector, store, rows.sample(frac=1, random_state=1))
+    assert table["item_id"].tolist() == sorted(names) and (table["frame"] == -1).all()
+    for name, score in zip(table["item_id"], table["score"], strict=True):
+        images = scoring.frame_images(store, rows[rows["item_id"] == name].sort_values("frame"), 64)
+        parts = [images[:2], images[2:]] if len(images) == 4 else [images]
+        with torch.no_grad():
+            logits = [detector(detector.prepare(torch.from_numpy(part)[None])).item() for part in parts]
+        assert score == pytest.approx(np.mean([1 / (1 + np.exp(-x)) for x in logits]), abs=1e-5)
+    assert table["score"].std() > 1e-3
+    empty = scoring.score_crops(detector, store, index.iloc[:0])
+    assert empty.empty and empty.columns.tolist() == table.columns.tolist()
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(0, []), (1, [1]), (6, [6]), (7, [4, 3]), (12, [6, 6]), (13, [5, 4, 4])])
+def test_windows_hold_every_frame_once_and_are_alike(count, sizes):
+    found = scoring.windows(count, 6)
+    assert [len(w) for w in found] == sizes
+    assert [i for w in found for i in w] == list(range(count))
+
+
+def test_media_are_scored_by_a_detector_of_clips(tmp_path, media, head):
+    table = scoring.score_media([media], head, tmp_path / "scores.csv").set_index("path")
+    ok = table[table["status"] == "ok"]
+    assert len(ok) == 4 and ok["score"].between(0, 1).all()
+    assert (ok.loc[ok.index.str.endswith("mp4"), "faces"] == 4).all() and ok.loc[f"{media}/picture.png", "faces"] == 1
+    assert table.loc[f"{media}/empty.mp4", "status"] == "failed"
+    document = json.loads((tmp_path / "scores.json").read_text())
+    assert all(row["frame_scores"] == {} for row in document["media"]), "single frames have no score"
+    scored = {row["path"]: row["score"] for row in document["media"] if row["status"] == "ok"}
+    assert scored == pytest.approx(ok["score"].to_dict(), abs=1e-6)

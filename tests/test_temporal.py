@@ -6,14 +6,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import tiny_profile
+from conftest import TINY, tiny_profile
 from sklearn.metrics import roc_auc_score
 
-from unmask import evaluation, features, scoring, temporal
+from unmask import cli, evaluation, features, scoring, temporal
 from unmask.data.crops import CropStore, read_index
 from unmask.data.manifest import read_manifest, write_manifest
 from unmask.detectors import base
+from unmask.detectors.temporal import HEADS
 from unmask.pairs import TrainingError
+from unmask.training import VARIANTS
 
 EPOCHS = 3
 
@@ -261,3 +263,26 @@ def test_features_lie_beside_the_crops_unless_told(run, dense_crops, tmp_path):
     crops.symlink_to(dense_crops)
     out = run(crops=crops, cache=None)
     assert (tmp_path / "features").is_dir() and json.loads((out / "config.json").read_text())["detector"] == "gru"
+
+
+def test_the_command_line_trains_heads(tiny_world, dense_crops, tiny_checkpoint, cache, tmp_path, capsys, run):
+    settings = [f"{k}={v}" for k, v in (TINY | {"temporal.epochs": EPOCHS, "temporal.batch": 5}).items()]
+    settings = [part for setting in [*settings, "temporal.dropout=0.3", "workers=1"] for part in ("--set", setting)]
+    data = ["--manifest", tiny_world / "manifest.parquet", "--crops", dense_crops, "--profile", "tiny", *settings]
+
+    def train(*arguments):
+        return cli.main([str(part) for part in ["train", *arguments, *data]])
+
+    given = ["--backbone", tiny_checkpoint, "--features", cache]
+    assert train("gru", "--out", tmp_path / "ck", *given) == 0
+    assert weights(tmp_path / "ck") == weights(run())
+    assert train("gru", "--out", tmp_path / "no") == 2
+    assert "gru is a head over clips: name the detector below it by --backbone" in capsys.readouterr().err
+    assert train("convnext", "--out", tmp_path / "no", *given) == 2
+    assert "--backbone and --features are for mean, gru, transformer" in capsys.readouterr().err
+    assert train("gru", "--out", tmp_path / "no", "--backbone", tmp_path / "ck", "--features", cache) == 2
+    assert "judges clips" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+def test_the_command_line_names_what_there_is():
+    assert set(cli.HEADS) == set(HEADS) <= set(base.names()) and tuple(cli.VARIANTS) == tuple(VARIANTS)
