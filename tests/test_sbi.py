@@ -309,13 +309,13 @@ def test_elastic_field_and_bent_mask_match_scipy(std, sigma):
         assert np.abs(mask - expected).mean() > 0.004
 
 
-def test_elastic_grows_with_the_face_in_intended_only(monkeypatch):
+def test_elastic_grows_with_the_face_in_all_recipes_but_the_faithful(monkeypatch):
     used = []
     monkeypatch.setattr(sbi, "elastic", lambda mask, noise, centre, std, sigma: used.append((std, sigma)) or mask)
-    for name in ("intended", "faithful"):
+    for name in sbi.RECIPES:
         for side in (95, 190):  # widest extent of the canonical 68 points
             sbi.blend(np.zeros((400, 400, 3), np.uint8), face((200, 220), side), fixed_draw(), name)
-    np.testing.assert_allclose(used, [(0.58, 3.5), (1.16, 7), (1.16, 7), (1.16, 7)], rtol=0.01)
+    np.testing.assert_allclose(used, [(0.58, 3.5), (1.16, 7), *[(1.16, 7)] * 2, (0.58, 3.5), (1.16, 7)], rtol=0.01)
 
 
 @pytest.mark.parametrize("recipe", sbi.RECIPES)
@@ -408,11 +408,15 @@ def plain_colours(image, colour, eight_bit):
     return pixels
 
 
-def plain_source_and_target(image, draw, eight_bit):
+def plain_source_and_target(image, draw, eight_bit, averaged=False):
     """What is blended onto what, at full resolution and in the published order; the moved source is float."""
     height, width = image.shape[:2]
     altered = plain_colours(image, draw.colour, eight_bit)
-    if draw.down_factor > 1:
+    if draw.down_factor > 1 and averaged:
+        few = (int(width / draw.down_factor), int(height / draw.down_factor))
+        small = cv2.resize(altered, few, interpolation=cv2.INTER_AREA)
+        altered = cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR)
+    elif draw.down_factor > 1:
         few = (width // draw.down_factor, height // draw.down_factor)
         small = cv2.resize(altered, few, interpolation=cv2.INTER_NEAREST)
         if eight_bit:  # colours last: OpenCV's 8-bit HSV rounds by the place of a pixel in its vectors
@@ -446,7 +450,7 @@ def plain_mask(image, points, draw, name):
     hull = plain_hull(points[:68] if draw.first_68 else points, shape, draw.hull)
     moved = cv2.warpAffine(hull, plain_affine(image, draw), shape[::-1])
     low, high = points[:68].min(0), points[:68].max(0)
-    zoom = (high - low).max() / 190 if name == "intended" else 1
+    zoom = 1 if name == "faithful" else (high - low).max() / 190
     _, bent = plain_elastic(
         moved, draw.noise, (low + high) / 2, 50 / np.sqrt(3) / (2 * np.sqrt(np.pi) * 7) * zoom, 7 * zoom
     )
@@ -473,7 +477,7 @@ def test_random_blends_match_a_plain_version(recipe, shape, points):
         image = cv2.GaussianBlur(cartoon(*shape, marks, seed), (0, 0), 2)
         draw = sbi.draw_blend(np.random.default_rng(seed), recipe)
         result = sbi.blend(image, marks, draw, recipe)
-        source, target = plain_source_and_target(image, draw, recipe == "faithful")
+        source, target = plain_source_and_target(image, draw, recipe == "faithful", recipe == "smooth")
         assert np.abs(result.real - target).max() <= 1
         target = result.real  # else a level lost to rounding would count twice
         weight = result.mask[..., None].astype(float)
@@ -517,7 +521,13 @@ def assert_uniform(values, low, high, name):
 
 
 def test_discrete_choices_have_their_probabilities(draws):
-    _, draws = draws
+    recipe, draws = draws
+    lost = [d.down_factor for d in draws]
+    if recipe == "smooth":
+        assert_uniform([factor for factor in lost if factor > 1], 1.2, 3.5, "averaged pixels")
+        lost = [2 if factor > 1 else 1 for factor in lost]
+    shares = {1: 0.5, 2: 0.5} if recipe == "smooth" else {1: 0.5, 2: 0.25, 4: 0.25}
+    assert_shares(lost, shares)
     assert all(d.colour.hsv is not None and d.colour.contrast is not None for d in draws)
     sixth = 1 / 6
     for pick, expected in (
@@ -526,7 +536,6 @@ def test_discrete_choices_have_their_probabilities(draws):
         (lambda d: d.colour.rgb is not None, {True: 0.3, False: 0.7}),
         (lambda d: d.hull, dict.fromkeys(("dfl_full", "extended", "components", "convex"), 0.25)),
         (lambda d: d.ratio, {0.25: sixth, 0.5: sixth, 0.75: sixth, 1.0: 0.5}),
-        (lambda d: d.down_factor, {1: 0.5, 2: 0.25, 4: 0.25}),
         (lambda d: d.erode_kernel, dict.fromkeys(range(5, 26, 2), 1 / 11)),
         (lambda d: d.blur_kernel, dict.fromkeys(range(5, 26, 2), 1 / 11)),
         (lambda d: d.blur_sigma, dict.fromkeys(range(5, 46), 1 / 41)),
@@ -639,7 +648,7 @@ def test_thousand_small_blends_keep_their_promises():
     rng = np.random.default_rng(5)
     untouched, peaks, inside = [], [], []
     for number in range(1000):
-        result = sbi.self_blend(image, points if number % 3 else points[:68], rng, list(sbi.RECIPES)[number % 2])
+        result = sbi.self_blend(image, points if number % 3 else points[:68], rng, list(sbi.RECIPES)[number % 3])
         outside = result.mask == 0
         assert np.array_equal(result.fake[outside], result.real[outside])
         assert np.isfinite(result.mask).all() and 0 < result.mask.max() <= 1 and result.mask.min() == 0

@@ -137,7 +137,7 @@ def test_equal_in_distribution(recipe):
         fake, real, mask = (np.concatenate([part[i] for part in parts]) for i in range(3))
         return mask.mean((1, 2)), gap(real, images).mean((1, 2, 3)), gap(fake, real).mean((1, 2, 3))
 
-    other = "faithful" if recipe == "intended" else "intended"
+    other = "intended" if recipe == "faithful" else "faithful"
     ours, theirs = figures(one_by_one, 1, recipe), figures(together, 2, recipe)
     assert all(stats.ks_2samp(a, b).pvalue > 0.01 for a, b in zip(ours, theirs, strict=True))
     assert stats.ks_2samp(figures(one_by_one, 3, other)[2], theirs[2]).pvalue < 1e-3

@@ -88,8 +88,15 @@ def _transform(pixels: torch.Tensor, draws: Sequence[sbi.BlendDraw], recipe: sbi
     for factor in {d.down_factor for d in draws}:
         chosen = [i for i, d in enumerate(draws) if d.down_factor == factor]
         part = pixels[chosen]
-        if factor > 1:
-            small = [max(side // factor, 1) for side in size]
+        if factor > 1 and recipe.down_range:
+            for axis, side in zip((2, 3), size, strict=True):
+                few = max(int(side / factor), 1)
+                ends = (torch.tensor([float(n)], device=pixels.device) for n in (side, few))
+                average = _resize(*ends, (few, side), torch.tensor([True], device=pixels.device))[0]
+                part = torch.movedim(torch.movedim(part, axis, -1) @ average.T, -1, axis)
+            part = F.interpolate(part, size=size, mode="bilinear", align_corners=False)
+        elif factor > 1:
+            small = [max(int(side / factor), 1) for side in size]
             rows, columns = (
                 torch.tensor([k * side // few for k in range(few)], device=pixels.device)
                 for side, few in zip(size, small, strict=True)
