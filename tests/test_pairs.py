@@ -1,5 +1,7 @@
 """Pairs for training: decided by seed, epoch and crop; which media may meet in a pair."""
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -79,9 +81,30 @@ def test_labelled_pairs_join_a_real_face_with_every_fake_of_its_group(data, labe
             assert (manifest.loc[[real, fake], "label"] == [0, 1]).all()
             assert (manifest.loc[[real, fake], "split"] == "train").all()
             assert manifest.loc[real, "group_id"] == manifest.loc[fake, "group_id"]
+            assert manifest.loc[real, "subject"] == manifest.loc[fake, "subject"]
             met.add(fake)
     train_fakes = data[0].query("split == 'train' and label == 1")["item_id"]
     assert met == set(train_fakes)
+
+
+def test_the_fake_frame_is_the_nearest_in_time_and_cut_alike(labelled):
+    pairs = labelled()
+    rng = np.random.default_rng(0)
+    for row in pairs.rows:
+        chosen = pairs.partner(row, rng)
+        gaps = [abs(one["pts"] - row["pts"]) for one in pairs.media[chosen["item_id"]]]
+        assert abs(chosen["pts"] - row["pts"]) == min(gaps)
+    alone = pd.DataFrame([row for row in pairs.rows if row["item_id"] == pairs.rows[0]["item_id"]])
+    itself = LabelledPairs(pairs.store, alone, alone, 64, 0, "intended", True)
+    for epoch in range(4):
+        real, fake = itself[epoch, 0][0]
+        assert torch.equal(real, fake), "one picture on both sides: flip, colours, compression and crop are alike"
+
+
+def test_a_subject_without_fakes_meets_those_of_its_group(labelled):
+    pairs = labelled(fakes=lambda fakes: fakes.assign(subject="somebody"))
+    for row in pairs.rows:
+        assert pairs.partner(row, np.random.default_rng(0))["group_id"] == row["group_id"]
 
 
 def test_a_group_without_fakes_meets_those_without_reals_else_any(labelled):

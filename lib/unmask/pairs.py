@@ -32,7 +32,9 @@ def fake_crops(index: pd.DataFrame, manifest: pd.DataFrame, split: str) -> pd.Da
 
 
 def _crops(index: pd.DataFrame, manifest: pd.DataFrame, split: str, label: int) -> pd.DataFrame:
-    chosen = manifest.loc[(manifest["split"] == split) & (manifest["label"] == label), ["item_id", "group_id"]]
+    chosen = manifest.loc[
+        (manifest["split"] == split) & (manifest["label"] == label), ["item_id", "group_id", "subject"]
+    ]
     rows = index.merge(chosen, on="item_id").sort_values(["item_id", "frame"], ignore_index=True)
     if rows.empty:
         raise TrainingError(
@@ -86,10 +88,11 @@ class SelfBlendPairs(Dataset):
 
 
 class LabelledPairs(SelfBlendPairs):
-    """Pairs (real, fake) of labelled media, alike in flip, colours and compression; samples as in `SelfBlendPairs`.
+    """Pairs (real, fake) of labelled media, alike in flip, colours, compression and crop; samples as `SelfBlendPairs`.
 
-    The fake is drawn among the media of the real one's group, each equally likely; where the group has none, among the
-    fakes whose groups have no real medium, else among all. There is no boundary to find: that part is empty.
+    The fake is drawn among the media of the same subject and group, each equally likely, at the frame nearest in time:
+    where the footage is the same, nothing but the forgery tells the two apart. Failing these, among the group's;
+    failing these, among the fakes whose groups have no real medium, else among all. The boundary is left empty.
     """
 
     boundary = False
@@ -99,10 +102,17 @@ class LabelledPairs(SelfBlendPairs):
         training: bool,
     ):  # fmt: skip
         super().__init__(store, rows, size, seed, recipe, training)
-        media = {key: part.to_dict("records") for key, part in fakes.groupby("item_id", sort=True)}
-        groups = fakes.drop_duplicates("item_id").groupby("group_id")["item_id"].apply(list).to_dict()
-        lone = [i for group, items in groups.items() if group not in set(rows["group_id"]) for i in items]
-        self.media, self.groups, self.others = media, groups, lone or sorted(media)
+        self.media = {key: part.to_dict("records") for key, part in fakes.groupby("item_id", sort=True)}
+        each = fakes.sort_values("item_id").drop_duplicates("item_id")
+        self.subjects = each.groupby(["group_id", "subject"])["item_id"].apply(list).to_dict()
+        self.groups = each.groupby("group_id")["item_id"].apply(list).to_dict()
+        self.others = list(each.loc[~each["group_id"].isin(rows["group_id"]), "item_id"]) or sorted(self.media)
+
+    def partner(self, row: dict, rng: np.random.Generator) -> dict:
+        """The index row of the fake crop that meets a real one."""
+        same = self.subjects.get((row["group_id"], row["subject"]))
+        frames = self.media[str(rng.choice(same or self.groups.get(row["group_id"], self.others)))]
+        return min(frames, key=lambda one: abs(one["pts"] - row["pts"]))
 
     def __getitem__(self, where: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Sample of (epoch, crop)."""
@@ -110,14 +120,14 @@ class LabelledPairs(SelfBlendPairs):
         epoch, i = where
         row = self.rows[i]
         rng = sbi.sample_rng(self.seed, row["item_id"], row["frame"], epoch)
-        frames = self.media[str(rng.choice(self.groups.get(row["group_id"], self.others)))]
-        pair = [(self.store.image(one), _landmarks(one)) for one in (row, frames[rng.integers(len(frames))])]
+        pair = [(self.store.image(one), _landmarks(one)) for one in (row, self.partner(row, rng))]
         if self.training and rng.random() < 0.5:
             pair = [sbi.flip(*one) for one in pair]
         images, points = zip(*pair, strict=True)
         if self.training:
             images = sbi.augment_pair(*images, rng, self.recipe)
-        boxes = [sbi.crop_box(marks, rng if self.training else None) for marks in points]
+        alike = int(rng.integers(2**63))
+        boxes = [sbi.crop_box(marks, np.random.default_rng(alike) if self.training else None) for marks in points]
         images = [sbi.crop(image, box, self.size) for image, box in zip(images, boxes, strict=True)]
         return torch.from_numpy(np.stack(images)), torch.zeros(2, self.size // 8, self.size // 8)
 

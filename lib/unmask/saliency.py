@@ -43,6 +43,7 @@ def overlay(images: np.ndarray, heat: np.ndarray, strength: float = 0.5) -> np.n
 
     The largest value of all maps given is the top of the scale, so that the frames of one call compare.
     """
-    levels = np.rint(255 * np.asarray(heat) / max(float(np.max(heat)), np.finfo(np.float32).tiny)).astype(np.uint8)
+    heat = np.asarray(heat, np.float32)
+    levels = np.rint(255 * heat / max(heat.max(), np.finfo(np.float32).tiny)).astype(np.uint8)
     colours = cv2.cvtColor(cv2.applyColorMap(np.arange(256, dtype=np.uint8), cv2.COLORMAP_TURBO), cv2.COLOR_BGR2RGB)
     return np.rint((1 - strength) * images + strength * colours[:, 0][levels]).astype(np.uint8)

@@ -34,7 +34,17 @@ CHAPTERS = (
     Chapter("03_unsupervised", needs=("02_camera_clustering",), keys=("unsupervised", "evaluate", "seed", "seeds")),
     Chapter("04_sbi", needs=("01_preprocessing",), keys=("sbi",)),
     Chapter("05_convnext", needs=("01_preprocessing",), keys=("sbi", "convnext", "train", "seed", "seeds")),
+    Chapter(
+        "06_temporal",
+        needs=("05_convnext",),
+        keys=("sbi", "convnext", "train", "temporal", "evaluate", "preprocess", "seed", "seeds"),
+    ),
     Chapter("09_cross_dataset", needs=("05_convnext",), keys=("evaluate",)),
+    Chapter(
+        "10_ablation",
+        needs=("06_temporal",),
+        keys=("sbi", "convnext", "train", "temporal", "ablation", "evaluate", "seed", "seeds"),
+    ),
 )
 
 
