@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from unmask import contrastive, learning, views
 from unmask.contrastive import Options, centres, confident, learn, supcon_loss
 from unmask.data.crops import CropStore, CropWriter, collate, encode_crop, read_index
-from unmask.detectors.base import load_checkpoint
+from unmask.detectors.base import InputSpec, load_checkpoint
 from unmask.scoring import frame_images
 from unmask.training import STATE, TrainingError
 
@@ -118,7 +118,7 @@ def test_views_belong_to_their_sample_and_the_fixed_one_is_that_of_scoring(data)
         assert not torch.equal(a, b)
     assert not torch.equal(*first)
     fixed = torch.stack([samples[views.FIXED, i, 0][0] for i in range(4)])
-    assert torch.equal(fixed, torch.from_numpy(frame_images(store, index.iloc[:4], 32)))
+    assert torch.equal(fixed, torch.from_numpy(frame_images(store, index.iloc[:4], InputSpec(32))))
 
 
 def test_the_augmentation_keeps_its_promises():
@@ -303,7 +303,7 @@ def test_what_is_left_in_the_folder(run, data):
     pictures = load_file(folder / "embeddings.safetensors")
     middle = rows[rows["frame"] == 1]
     with torch.no_grad():
-        view = detector.prepare(torch.from_numpy(frame_images(store, middle, 32)))
+        view = detector.prepare(torch.from_numpy(frame_images(store, middle, InputSpec(32))))
         features, units = (part.numpy() for part in detector.embed(view))
     assert pictures["first.features"].shape == features.shape == pictures["last.features"].shape
     losses = [entry["val_loss"] for entry in kept["history"]]
@@ -314,7 +314,7 @@ def test_what_is_left_in_the_folder(run, data):
     own = dict(zip(train["item_id"], train["label"], strict=True))
     rows = rows[rows["item_id"].isin(own)]
     with torch.no_grad():
-        units = detector.project(detector.prepare(torch.from_numpy(frame_images(store, rows, 32)))).numpy()
+        units = detector.project(detector.prepare(torch.from_numpy(frame_images(store, rows, InputSpec(32))))).numpy()
     expected = centres(units, rows["item_id"].map(own).to_numpy())
     np.testing.assert_allclose(kept["centroids"], expected, atol=1e-4)
     assert np.linalg.norm(kept["centroids"], axis=1) == pytest.approx([1, 1])

@@ -298,3 +298,14 @@ def test_what_is_no_checkpoint_or_another_one_is_refused(tmp_path, detector):
     refused("is not a checkpoint")
     with pytest.raises(CheckpointError, match="is not a checkpoint"):
         load_checkpoint(tmp_path)
+
+
+def test_native_is_part_of_what_a_checkpoint_wants_to_see(tmp_path):
+    detector = base.build("convnext", backbone="convnext_zepto_rms", size=32, native=True)
+    folder = save_checkpoint(detector, tmp_path / "native", seed=0)
+    assert load_checkpoint(folder)[0].input_spec.native
+    card = json.loads((folder / "config.json").read_text())
+    card["input"]["native"] = False
+    (folder / "config.json").write_text(json.dumps(card))
+    with pytest.raises(CheckpointError, match="another size or normalisation"):
+        load_checkpoint(folder)

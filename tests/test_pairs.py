@@ -130,3 +130,27 @@ def test_a_split_without_fakes_says_so(data):
     manifest, index, _ = data
     with pytest.raises(TrainingError, match="no crop of a fake face in the val split"):
         fake_crops(index, manifest[(manifest["split"] != "val") | (manifest["label"] == 0)], "val")
+
+
+def test_native_pairs_are_pixels_of_the_stored_crops(data, labelled):
+    """Every window is found in the crop it comes from, mirrored or not: nothing was scaled."""
+    manifest, index, store = data
+    rows, fakes = real_crops(index, manifest, "train"), fake_crops(index, manifest, "train")
+    pairs = LabelledPairs(store, rows, fakes, 32, 0, "intended", True, native=True)
+    spy = Spy(pairs.store)
+    pairs.store = spy
+    by_item = index.set_index(["item_id", "frame"])
+    for i in range(4):
+        spy.asked.clear()
+        images, _ = pairs[0, i]
+        for picture, item in zip(images.numpy(), spy.asked, strict=True):
+            crops = [store.image(row) for _, row in by_item.loc[item].iterrows()]
+            assert any(contains(side, picture) for crop in crops for side in (crop, crop[:, ::-1]))
+    blends = SelfBlendPairs(store, rows, 32, 0, "intended", False, native=True)
+    real, fake = blends[0, 0][0].numpy()
+    assert real.shape == fake.shape == (32, 32, 3) and (real != fake).any()
+
+
+def contains(image, patch):
+    windows = np.lib.stride_tricks.sliding_window_view(image, patch.shape)
+    return (windows[:, :, 0] == patch).all((2, 3, 4)).any()

@@ -17,7 +17,7 @@ from unmask.data.manifest import read_manifest
 from unmask.data.video import read_frames
 from unmask.data.world import generate
 from unmask.detectors import base
-from unmask.detectors.base import CheckpointError, load_checkpoint
+from unmask.detectors.base import CheckpointError, InputSpec, load_checkpoint
 from unmask.evaluation import ScoreError, read_scores, write_scores
 
 
@@ -201,7 +201,7 @@ def test_a_detector_of_clips_scores_clips_alone(head, dense_crops):
     table = scoring.score_crops(detector, store, rows.sample(frac=1, random_state=1))
     assert table["item_id"].tolist() == sorted(names) and (table["frame"] == -1).all()
     for name, score in zip(table["item_id"], table["score"], strict=True):
-        images = scoring.frame_images(store, rows[rows["item_id"] == name].sort_values("frame"), 64)
+        images = scoring.frame_images(store, rows[rows["item_id"] == name].sort_values("frame"), InputSpec(64))
         parts = [images[:2], images[2:]] if len(images) == 4 else [images]
         with torch.no_grad():
             logits = [detector(detector.prepare(torch.from_numpy(part)[None])).item() for part in parts]
@@ -228,3 +228,15 @@ def test_media_are_scored_by_a_detector_of_clips(tmp_path, media, head):
     assert all(row["frame_scores"] == {} for row in document["media"]), "single frames have no score"
     scored = {row["path"]: row["score"] for row in document["media"] if row["status"] == "ok"}
     assert scored == pytest.approx(ok["score"].to_dict(), abs=1e-6)
+
+
+def test_a_native_detector_is_shown_unscaled_windows_in_the_middle_of_the_face(tiny_crops):
+    store, rows = CropStore(tiny_crops), read_index(tiny_crops).iloc[:3]
+    windows = scoring.frame_images(store, rows, InputSpec(24, native=True))
+    for window, (_, row) in zip(windows, rows.iterrows(), strict=True):
+        points = np.asarray(row["landmarks"], np.float32).reshape(-1, 2)
+        middle = (points.min(0) + points.max(0)) / 2
+        x, y = np.rint(middle - 12).astype(int)
+        image = store.image(row)
+        around = [image[y + dy : y + dy + 24, x + dx : x + dx + 24] for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+        assert any(np.array_equal(window, one) for one in around)

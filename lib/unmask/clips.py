@@ -57,7 +57,12 @@ def _cut(images: Sequence[np.ndarray], points: Sequence[np.ndarray], flip: bool)
 
 
 def make_clips(
-    images: Sequence[np.ndarray], points: Sequence[np.ndarray], rng: np.random.Generator, size: int, recipe: str
+    images: Sequence[np.ndarray],
+    points: Sequence[np.ndarray],
+    rng: np.random.Generator,
+    size: int,
+    recipe: str,
+    native: bool = False,
 ) -> dict[str, np.ndarray]:
     """The four kinds of LABELS, uint8[T,size,size,3] each, from the crops uint8[H,W,3] of one real clip.
 
@@ -70,7 +75,7 @@ def make_clips(
     for t, (picture, mark) in enumerate(zip(pictures, marks, strict=True)):
         blends = {kind: sbi.blend(picture, mark, frames[t], recipe) for kind, frames in draws.items()}
         frames = {"real": blends["blend"].real} | {kind: blend.fake for kind, blend in blends.items()}
-        where = sbi.crop_box(mark, np.random.default_rng(box))
+        where = sbi.crop_box(mark, np.random.default_rng(box), side=size if native else None)
         for first, second in (("real", "blend"), ("varying", "steady")):
             pair = sbi.augment_pair(frames[first], frames[second], np.random.default_rng(alike), recipe)
             for kind, frame in zip((first, second), pair, strict=True):

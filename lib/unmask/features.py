@@ -233,14 +233,14 @@ def _rows(task: Task, units: list) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).astype(kinds)
 
 
-def _pictures(store: CropStore, unit: tuple[list[dict], int], task: Task, size: int) -> list[np.ndarray]:
-    """The clips of one unit, uint8[T,size,size,3] each."""
+def _pictures(store: CropStore, unit: tuple[list[dict], int], task: Task, spec: base.InputSpec) -> list[np.ndarray]:
+    """The clips of one unit, uint8[T,S,S,3] each, S = spec.size."""
     if not task.kinds:
-        return [frame_images(store, pd.DataFrame(unit[0]), size)]
+        return [frame_images(store, pd.DataFrame(unit[0]), spec)]
     used, rng = _window(unit, task)
     images = [store.image(row) for row in used]
     points = [np.asarray(row["landmarks"], np.float32).reshape(-1, 2) for row in used]
-    made = clips.make_clips(images, points, rng, size, task.recipe)
+    made = clips.make_clips(images, points, rng, spec.size, task.recipe, spec.native)
     return [made[kind] for kind in task.kinds]
 
 
@@ -265,7 +265,7 @@ def _make_shard(work: tuple[Task, int, Sequence]) -> None:
     detector, store = _detector(task.checkpoint), CropStore(task.crops)
     outputs = []
     for unit in units:
-        for images in _pictures(store, unit, task, detector.input_spec.size):
+        for images in _pictures(store, unit, task, detector.input_spec):
             outputs.append(frame_outputs(detector, detector.prepare(torch.from_numpy(images).to(device(detector)))))
     features, logits = (torch.cat(part).cpu() for part in zip(*outputs, strict=True))
     content = {"features": features.half().numpy(), "logits": logits.float().numpy()}

@@ -143,16 +143,23 @@ def loose_box(landmarks: np.ndarray, shape: tuple[int, int]) -> tuple[int, int, 
     )
 
 
-def crop_box(landmarks: np.ndarray, rng: np.random.Generator | None = None, margin: float = 0.25) -> np.ndarray:
+def crop_box(
+    landmarks: np.ndarray, rng: np.random.Generator | None = None, margin: float = 0.25, side: int | None = None
+) -> np.ndarray:
     """Final crop rectangle float32[4] (x0, y0, x1, y1) in pixels around the box of all landmarks.
 
     With `rng` (training) every side moves out on its own by U(.2, .8) x `margin` of the box's width or height; without
-    (evaluation) by half of `margin`. May leave the image: `crop` pads.
+    (evaluation) by half of `margin`. May leave the image: `crop` pads. With `side` the box is a square of so many whole
+    pixels instead, in the middle of the other one, so that `crop` to that size keeps every pixel as it is.
     """
     box = face_box(check_landmarks(landmarks))
     share = np.full(4, 0.5, np.float32) if rng is None else rng.uniform(0.2, 0.8, 4).astype(np.float32)
     width, height = box[2] - box[0], box[3] - box[1]
-    return box + share * margin * np.array([-width, -height, width, height], np.float32)
+    box = box + share * margin * np.array([-width, -height, width, height], np.float32)
+    if side is None:
+        return box
+    corner = np.rint((box[:2] + box[2:] - side) / 2)
+    return np.concatenate([corner, corner + side]).astype(np.float32)
 
 
 def crop(image: np.ndarray, box: np.ndarray, size: int) -> np.ndarray:

@@ -58,12 +58,16 @@ class SelfBlendPairs(Dataset):
     """Pairs (real, self-blend) cut from real crops. `training=False` gives one fixed pair per crop, unaugmented.
 
     A sample is images uint8[2,S,S,3] (real, fake) and boundary float32[2,S/8,S/8]; seed, epoch and crop decide it.
+    native: cut windows of S pixels instead of scaling faces.
     """
 
     boundary = True
 
-    def __init__(self, store: CropStore, rows: pd.DataFrame, size: int, seed: int, recipe: str, training: bool):
-        self.store, self.rows, self.size = store, rows.to_dict("records"), size
+    def __init__(
+        self, store: CropStore, rows: pd.DataFrame, size: int, seed: int, recipe: str, training: bool,
+        native: bool = False,
+    ):  # fmt: skip
+        self.store, self.rows, self.size, self.side = store, rows.to_dict("records"), size, size if native else None
         self.seed, self.recipe, self.training = seed, recipe, training
 
     def __len__(self) -> int:
@@ -77,9 +81,9 @@ class SelfBlendPairs(Dataset):
         image, points = self.store.image(row), _landmarks(row)
         rng = sbi.sample_rng(self.seed, row["item_id"], row["frame"], epoch)
         if self.training:
-            real, fake, mask = sbi.training_pair(image, points, rng, self.size, self.recipe)
+            real, fake, mask = sbi.training_pair(image, points, rng, self.size, self.recipe, self.side is not None)
         else:
-            blend, box = sbi.self_blend(image, points, rng, self.recipe), sbi.crop_box(points)
+            blend, box = sbi.self_blend(image, points, rng, self.recipe), sbi.crop_box(points, side=self.side)
             real, fake, mask = (sbi.crop(picture, box, self.size) for picture in (blend.real, blend.fake, blend.mask))
         edge = cv2.resize(4 * mask * (1 - mask), (self.size // 8, self.size // 8), interpolation=cv2.INTER_AREA)
         return torch.from_numpy(np.stack([real, fake])), torch.from_numpy(
@@ -100,9 +104,9 @@ class LabelledPairs(SelfBlendPairs):
 
     def __init__(
         self, store: CropStore, rows: pd.DataFrame, fakes: pd.DataFrame, size: int, seed: int, recipe: str,
-        training: bool,
+        training: bool, native: bool = False,
     ):  # fmt: skip
-        super().__init__(store, rows, size, seed, recipe, training)
+        super().__init__(store, rows, size, seed, recipe, training, native)
         self.media = {key: part.to_dict("records") for key, part in fakes.groupby("item_id", sort=True)}
         each = fakes.sort_values("item_id").drop_duplicates("item_id")
         self.subjects = each.groupby(["group_id", "subject"])["item_id"].apply(list).to_dict()
@@ -125,7 +129,8 @@ class LabelledPairs(SelfBlendPairs):
         if self.training and rng.random() < 0.5:
             pair = [sbi.flip(*one) for one in pair]
         alike = int(rng.integers(2**63))
-        boxes = [sbi.crop_box(marks, np.random.default_rng(alike) if self.training else None) for _, marks in pair]
+        dice = [np.random.default_rng(alike) if self.training else None for _ in pair]
+        boxes = [sbi.crop_box(marks, one, side=self.side) for (_, marks), one in zip(pair, dice, strict=True)]
         images = [sbi.crop(image, box, self.size) for (image, _), box in zip(pair, boxes, strict=True)]
         return torch.from_numpy(np.stack(images)), torch.zeros(2, self.size // 8, self.size // 8)
 

@@ -404,11 +404,13 @@ def training_pair(
     rng: np.random.Generator,
     size: int,
     recipe: str | Recipe = "intended",
+    native: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One training sample from one real face: (real, fake uint8[size,size,3], mask float32[size,size]).
 
     image: uint8[H,W,3] RGB frame or crop; landmarks float[68 or 81, 2] in its pixels. Loose crop, flip (p=.5),
-    self-blend, the same augmentation on both, the same final crop on all three. ValueError as in `self_blend`.
+    self-blend, the same augmentation on both, the same final crop on all three: the face scaled to `size`, or if
+    `native` a window of `size` pixels at its own resolution. ValueError as in `self_blend`.
     """
     recipe = find_recipe(recipe)
     points = check_face(image, landmarks)
@@ -418,7 +420,7 @@ def training_pair(
         image, points = flip(image, points)
     sample = self_blend(image, points, rng, recipe)
     augmentation = _draw_augmentation(rng, recipe)
-    box = np.rint(crop_box(points, rng))
+    box = np.rint(crop_box(points, rng, side=size if native else None))
     mask = np.minimum(crop(sample.mask, box, size), 1)  # area averages of 1 may round to just above
     # Pixels that the crop leaves out need no augmentation; whole blocks keep the compression as it was.
     rows, columns = _around(box, image.shape[:2])

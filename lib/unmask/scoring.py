@@ -23,11 +23,16 @@ from unmask.progress import track
 from unmask.training import device
 
 
-def frame_images(store: CropStore, rows: pd.DataFrame, size: int) -> np.ndarray:
-    """The evaluation crops of index rows, uint8[N,size,size,3]: the face with 12.5 % on every side, no augmentation."""
+def frame_images(store: CropStore, rows: pd.DataFrame, spec: base.InputSpec) -> np.ndarray:
+    """The evaluation crops of index rows, uint8[N,S,S,3], S = spec.size: no augmentation.
+
+    The face with 12.5 % on every side or, if `spec.native`, the window of S pixels in its middle.
+    """
+    size = spec.size
     images = np.empty((len(rows), size, size, 3), np.uint8)
     for i, row in enumerate(rows.to_dict("records")):
-        box = sbi.crop_box(np.asarray(row["landmarks"], np.float32).reshape(-1, 2))
+        points = np.asarray(row["landmarks"], np.float32).reshape(-1, 2)
+        box = sbi.crop_box(points, side=size if spec.native else None)
         images[i] = sbi.crop(store.image(row), box, size)
     return images
 
@@ -48,7 +53,7 @@ def _score_frames(detector: base.Detector, store: CropStore, index: pd.DataFrame
     """P(fake) of every crop and, with frame -1, of every item (mean over its frames)."""
     probabilities = []
     for start in track(range(0, len(index), batch), label="scoring, batches"):
-        images = frame_images(store, index.iloc[start : start + batch], detector.input_spec.size)
+        images = frame_images(store, index.iloc[start : start + batch], detector.input_spec)
         probabilities.append(_probabilities(detector, images[:, None]))
     frames = index[["item_id", "frame"]].assign(score=np.concatenate(probabilities) if probabilities else np.empty(0))
     clips = frames.groupby("item_id", as_index=False)["score"].mean().assign(frame=-1)
@@ -60,7 +65,7 @@ def _score_clips(detector: base.Detector, store: CropStore, index: pd.DataFrame)
     rows = []
     groups = index.groupby("item_id", sort=True)
     for name, part in track(groups, groups.ngroups, "scoring, clips"):
-        images = frame_images(store, part, detector.input_spec.size)
+        images = frame_images(store, part, detector.input_spec)
         scores = [_probabilities(detector, images[None, w])[0] for w in windows(len(part), detector.input_spec.frames)]
         rows.append((name, np.mean(scores)))
     return pd.DataFrame(rows, columns=["item_id", "score"]).astype({"score": float}).assign(frame=-1)

@@ -191,8 +191,8 @@ def train(
     with own_randomness(options.seed):
         accelerator = Accelerator(mixed_precision=precision())
         detector = _start(config, options)
-        size = detector.input_spec.size
-        data, val_data = (_pairs(store, rows, size, options, split == "train") for split, rows in splits.items())
+        spec = detector.input_spec
+        data, val_data = (_pairs(store, rows, spec, options, split == "train") for split, rows in splits.items())
         return _fit(accelerator, detector, data, val_data, splits["train"][0], out, options, key)
 
 
@@ -202,9 +202,9 @@ def _split_rows(index: pd.DataFrame, manifest: pd.DataFrame, split: str, options
     return [reals] if options.source == "sbi" else [reals, fake_crops(index, manifest, split)]
 
 
-def _pairs(store: CropStore, rows: list[pd.DataFrame], size: int, options: Options, training: bool) -> SelfBlendPairs:
+def _pairs(store: CropStore, rows: list[pd.DataFrame], spec: base.InputSpec, options: Options, training: bool):
     kind = SelfBlendPairs if options.source == "sbi" else LabelledPairs
-    return kind(store, *rows, size, options.seed, options.recipe, training)
+    return kind(store, *rows, spec.size, options.seed, options.recipe, training, spec.native)
 
 
 def init_folder(init: str) -> Path | None:

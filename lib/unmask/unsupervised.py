@@ -71,7 +71,7 @@ def embeddings(detector, store: CropStore, index: pd.DataFrame, what: str = "fea
     """Embeddings float32[N,D] of the crops of `index`: the representation ("features") or "projection"."""
     device, parts = next(detector.parameters()).device, []
     for start in track(range(0, len(index), batch), label="embedding, batches"):
-        images = torch.from_numpy(frame_images(store, index.iloc[start : start + batch], detector.input_spec.size))
+        images = torch.from_numpy(frame_images(store, index.iloc[start : start + batch], detector.input_spec))
         clips = detector.prepare(images.to(device))
         found = detector.features(clips.unsqueeze(1)) if what == "features" else detector.project(clips)
         parts.append(found.float().cpu().numpy())
@@ -409,6 +409,6 @@ class Judge:
 def _logits(detector, store: CropStore, index: pd.DataFrame, batch: int = 128) -> np.ndarray:
     device, parts = next(detector.parameters()).device, []
     for start in range(0, len(index), batch):
-        images = torch.from_numpy(frame_images(store, index.iloc[start : start + batch], detector.input_spec.size))
+        images = torch.from_numpy(frame_images(store, index.iloc[start : start + batch], detector.input_spec))
         parts.append(detector(detector.prepare(images.to(device)).unsqueeze(1)).double().cpu().numpy())
     return np.concatenate(parts)

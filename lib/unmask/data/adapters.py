@@ -7,8 +7,11 @@ from unmask.data.manifest import is_inside
 from unmask.data.tree import DatasetError, Tree, read_json, read_table, read_text, some
 
 # folder -> (label, how its files are named); the first id of a fake is its target.
-CELEBDF = {"Celeb-real": (0, r"(id\d+)_\d+"), "YouTube-real": (0, r"(\d{5})"),
-           "Celeb-synthesis": (1, r"(id\d+)_(id\d+)_\d+")}
+CELEBDF = {
+    "Celeb-real": (0, r"(id\d+)_\d+"),
+    "YouTube-real": (0, r"(\d{5})"),
+    "Celeb-synthesis": (1, r"(id\d+)_(id\d+)_\d+"),
+}
 CELEBDF_LIST = "List_of_testing_videos.txt"
 
 
@@ -46,16 +49,23 @@ def celebdf(tree: Tree) -> None:
             key = f"{folder}/{stem}"
             present.add(key)
             for path in found[stem]:
-                tree.add(path, "test" if key in listed else "", label, "Celeb-synthesis",
-                         subject=f"celebdf:{'yt' if folder == 'YouTube-real' else ''}{target}",
-                         source_id=f"celebdf:{donor[0]}" if donor else "")
+                tree.add(
+                    path,
+                    "test" if key in listed else "",
+                    label,
+                    "Celeb-synthesis",
+                    subject=f"celebdf:{'yt' if folder == 'YouTube-real' else ''}{target}",
+                    source_id=f"celebdf:{donor[0]}" if donor else "",
+                )
     missing = listed - present
     if missing:
         tree.note(f"{len(missing)} of {len(listed)} listed test videos not on disk: {some(missing)}.")
     test, rest = ({r["subject"] for r in tree.rows if (r["split"] == "test") == side} for side in (True, False))
     if test & rest:
-        tree.note(f"the official test list is not identity-disjoint: {len(test & rest)} of its {len(test)} target "
-                  "identities are also in train or val.")
+        tree.note(
+            f"the official test list is not identity-disjoint: {len(test & rest)} of its {len(test)} target "
+            "identities are also in train or val."
+        )
     tree.note("groups are target identities; donors are not followed, they would join nearly all clips into one group.")
 
 
@@ -65,8 +75,14 @@ def uadfv(tree: Tree) -> None:
         for stem, paths in (tree.clips(folder, folder) or {}).items():
             original = stem.removesuffix(ending)
             for path in paths:
-                tree.add(path, "test", label, "UADFV", subject=f"uadfv:{original}",
-                         source_id=f"uadfv:{original}" if label else "")
+                tree.add(
+                    path,
+                    "test",
+                    label,
+                    "UADFV",
+                    subject=f"uadfv:{original}",
+                    source_id=f"uadfv:{original}" if label else "",
+                )
     stems = [{row["subject"] for row in tree.rows if row["label"] == label} for label in (0, 1)]
     unpaired = stems[0] ^ stems[1]
     if unpaired:
@@ -83,21 +99,36 @@ def _dfdc_part(tree: Tree, part: Path) -> None:
         return
     metadata = read_json(path, "DFDC metadata", dict)
     for name, info in metadata.items():
-        if not isinstance(info, dict) or info.get("label") not in ("REAL", "FAKE") \
-                or not isinstance(info.get("original") or "", str):
+        if (
+            not isinstance(info, dict)
+            or info.get("label") not in ("REAL", "FAKE")
+            or not isinstance(info.get("original") or "", str)
+        ):
             raise DatasetError(f"{path}: the entry of {name!r} must be an object with label REAL or FAKE.")
     for name in tree.match(files, metadata, part.name):
         fake = metadata[name]["label"] == "FAKE"
         original = PurePosixPath(metadata[name].get("original") or name).stem if fake else PurePosixPath(name).stem
-        tree.add(files[name], "", int(fake), "dfdc", subject=f"dfdc:{original}",
-                 source_id=f"dfdc:{original}" if fake else "", unit=f"dfdc:{part.name}")
+        tree.add(
+            files[name],
+            "",
+            int(fake),
+            "dfdc",
+            subject=f"dfdc:{original}",
+            source_id=f"dfdc:{original}" if fake else "",
+            unit=f"dfdc:{part.name}",
+        )
 
 
 def _dfdc_test(tree: Tree, folder: Path) -> None:
     path, what = folder / "labels.csv", "DFDC test labels"
     rows = read_table(path, what, ("filename", "label"))
-    files = {p.name: p.relative_to(tree.root).as_posix()
-             for base in (folder, folder / "videos") if base.is_dir() for p in tree.media(base) if p != path}
+    files = {
+        p.name: p.relative_to(tree.root).as_posix()
+        for base in (folder, folder / "videos")
+        if base.is_dir()
+        for p in tree.media(base)
+        if p != path
+    }
     labels = {}
     for line, row in rows:
         if row["label"] not in ("0", "1"):
@@ -133,19 +164,34 @@ def dfdc_preview(tree: Tree) -> None:
     """
     path = tree.root / "dataset.json"
     listed = read_json(path, "DFDC preview list", dict)
-    found = {p.relative_to(tree.root).as_posix() for top in ("original_videos", "method_A", "method_B")
-             if (tree.root / top).is_dir() for p in tree.walk(tree.root / top)}
+    found = {
+        p.relative_to(tree.root).as_posix()
+        for top in ("original_videos", "method_A", "method_B")
+        if (tree.root / top).is_dir()
+        for p in tree.walk(tree.root / top)
+    }
     for name, info in listed.items():
-        if not is_inside(name) or not isinstance(info, dict) or info.get("label") not in ("real", "fake") \
-                or info.get("set") not in ("train", "test"):
-            raise DatasetError(f"{path}: the entry of {name!r} must lie inside ROOT and have label real or fake and "
-                               "set train or test.")
+        if (
+            not is_inside(name)
+            or not isinstance(info, dict)
+            or info.get("label") not in ("real", "fake")
+            or info.get("set") not in ("train", "test")
+        ):
+            raise DatasetError(
+                f"{path}: the entry of {name!r} must lie inside ROOT and have label real or fake and set train or test."
+            )
     for name in tree.match(found, listed, "dataset.json"):
         info, top = listed[name], PurePosixPath(name).parts[0]
         target = str(info.get("target_id") or next(iter(re.findall(r"\d+", name)), PurePosixPath(name).stem))
         donor = info.get("swapped_id")
-        tree.add(name, "test" if info["set"] == "test" else "", int(info["label"] == "fake"), top,
-                 subject=f"dfdc-preview:{target}", source_id=f"dfdc-preview:{donor}" if donor else "")
+        tree.add(
+            name,
+            "test" if info["set"] == "test" else "",
+            int(info["label"] == "fake"),
+            top,
+            subject=f"dfdc-preview:{target}",
+            source_id=f"dfdc-preview:{donor}" if donor else "",
+        )
 
 
 def ffiw(tree: Tree) -> None:

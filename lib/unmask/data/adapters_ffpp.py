@@ -7,15 +7,58 @@ from unmask.data.tree import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DatasetError, Tree,
 
 COMPRESSIONS = ("raw", "c23", "c40")
 FFPP_METHODS = ("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures", "FaceShifter")
-DFO_VARIANTS = ("end_to_end", *(f"end_to_end_level_{k}" for k in range(1, 6)), "end_to_end_random_level",
-                *(f"end_to_end_mix_{k}_distortions" for k in (2, 3, 4)), "reenact_postprocess")
+DFO_VARIANTS = (
+    "end_to_end",
+    *(f"end_to_end_level_{k}" for k in range(1, 6)),
+    "end_to_end_random_level",
+    *(f"end_to_end_mix_{k}_distortions" for k in (2, 3, 4)),
+    "reenact_postprocess",
+)
 # DF40 paper, table 1, under the folder names of its release: 9 swapping, 12 reenactment, 10 synthesis methods.
-DF40_KNOWN = ("fsgan", "faceswap", "simswap", "inswap", "blendface", "uniface", "mobileswap", "e4s", "facedancer",
-              "fomm", "facevid2vid", "wav2lip", "MRAA", "one_shot_free", "pirender", "tpsm", "lia", "danet",
-              "sadtalker", "mcnet", "hyperreenact", "VQGAN", "StyleGAN2", "StyleGAN3", "StyleGANXL", "sd2.1", "ddim",
-              "RDDM", "pixart", "DiT", "SiT")
-DF40_UNKNOWN = ("deepfacelab", "heygen", "MidJourney", "whichfaceisreal", "stargan", "starganv2", "styleclip", "e4e",
-                "CollabDiff")
+DF40_KNOWN = (
+    "fsgan",
+    "faceswap",
+    "simswap",
+    "inswap",
+    "blendface",
+    "uniface",
+    "mobileswap",
+    "e4s",
+    "facedancer",
+    "fomm",
+    "facevid2vid",
+    "wav2lip",
+    "MRAA",
+    "one_shot_free",
+    "pirender",
+    "tpsm",
+    "lia",
+    "danet",
+    "sadtalker",
+    "mcnet",
+    "hyperreenact",
+    "VQGAN",
+    "StyleGAN2",
+    "StyleGAN3",
+    "StyleGANXL",
+    "sd2.1",
+    "ddim",
+    "RDDM",
+    "pixart",
+    "DiT",
+    "SiT",
+)
+DF40_UNKNOWN = (
+    "deepfacelab",
+    "heygen",
+    "MidJourney",
+    "whichfaceisreal",
+    "stargan",
+    "starganv2",
+    "styleclip",
+    "e4e",
+    "CollabDiff",
+)
 _DF40_NAMES = {m.lower(): m for m in DF40_KNOWN + DF40_UNKNOWN} | {"whichisreal": "whichfaceisreal"}
 # Preprocessed trees also hold landmarks, masks and latent codes, which are no media.
 _DF40_SIDE = frozenset({"landmarks", "masks"})
@@ -34,8 +77,11 @@ def ffpp_pairs(root: Path) -> list[tuple[str, str, str]]:
     for split in ("train", "val", "test"):
         path = root / "splits" / f"{split}.json"
         for pair in read_json(path, "Official FaceForensics++ split list", list):
-            if not (isinstance(pair, list) and len(pair) == 2
-                    and all(isinstance(i, str) and re.fullmatch(r"\d{3}", i) for i in pair)):
+            if not (
+                isinstance(pair, list)
+                and len(pair) == 2
+                and all(isinstance(i, str) and re.fullmatch(r"\d{3}", i) for i in pair)
+            ):
                 raise DatasetError(f"{path} must hold pairs of three-digit ids such as '071', '054', not {pair!r}.")
             pairs.append((split, *pair))
     return pairs
@@ -57,8 +103,14 @@ def ffpp(tree: Tree, compression: str = "c23") -> None:
         for stem in tree.match(found, wanted, f"{comp} {method}") if found is not None else []:
             split, target, source = wanted[stem]
             for path in found[stem]:
-                tree.add(path, split, int(method != "real"), method, subject=f"ffpp:{target}",
-                         source_id=f"ffpp:{source}" if source else "")
+                tree.add(
+                    path,
+                    split,
+                    int(method != "real"),
+                    method,
+                    subject=f"ffpp:{target}",
+                    source_id=f"ffpp:{source}" if source else "",
+                )
 
 
 def dfd(tree: Tree, compression: str = "c23") -> None:
@@ -72,8 +124,14 @@ def dfd(tree: Tree, compression: str = "c23") -> None:
         _note_odd_names(tree, what, set(found) - set(ids))
         for stem, (target, *source) in ids.items():
             for path in found[stem]:
-                tree.add(path, "test", label, "DeepFakeDetection", subject=f"dfd:{target}",
-                         source_id=f"dfd:{source[0]}" if source else "")
+                tree.add(
+                    path,
+                    "test",
+                    label,
+                    "DeepFakeDetection",
+                    subject=f"dfd:{target}",
+                    source_id=f"dfd:{source[0]}" if source else "",
+                )
 
 
 def _note_odd_names(tree: Tree, what: str, names: set[str]) -> None:
@@ -145,8 +203,13 @@ def _df40_is_medium(path: Path) -> bool:
 
 
 def _df40_method(tree: Tree, folder: Path, method: str, split: str) -> None:
-    expected = ("ff", "cdf") if method in DF40_KNOWN and split == "test" else \
-        ("ff",) if method in DF40_KNOWN else ("real", "fake")
+    expected = (
+        ("ff", "cdf")
+        if method in DF40_KNOWN and split == "test"
+        else ("ff",)
+        if method in DF40_KNOWN
+        else ("real", "fake")
+    )
     what = f"{split or 'train'} {method}"
     for domain in ("ff", "cdf", "real", "fake"):
         files = list(tree.walk(folder / domain)) if (folder / domain).is_dir() else None
@@ -156,8 +219,10 @@ def _df40_method(tree: Tree, folder: Path, method: str, split: str) -> None:
             tree.note(f"{what}: folder {tree.short(folder / domain)} is empty.")
         media = [p for p in files or [] if _df40_is_medium(p.relative_to(folder))]
         if files and len(media) < len(files):
-            tree.note(f"{what}: {len(files) - len(media)} files in {tree.short(folder / domain)} are landmarks, masks "
-                      "or other side files and were left out.")
+            tree.note(
+                f"{what}: {len(files) - len(media)} files in {tree.short(folder / domain)} are landmarks, masks "
+                "or other side files and were left out."
+            )
         for path in media:
             ids = _df40_ids(domain, method, path.relative_to(folder / domain), kind_of(path.name))
             tree.add(path.relative_to(tree.root).as_posix(), split, int(domain != "real"), method, **ids)
@@ -170,8 +235,9 @@ def df40(tree: Tree) -> None:
     downloads), nine unknown ones in <method>/{fake,real}. ROOT/train and ROOT/test are the two downloads;
     without them all of ROOT is test. Part of train is cut off by group as val. Holes are counted.
     """
-    parts = [(split, tree.root / name) for split, name in (("", "train"), ("test", "test"))
-             if (tree.root / name).is_dir()]
+    parts = [
+        (split, tree.root / name) for split, name in (("", "train"), ("test", "test")) if (tree.root / name).is_dir()
+    ]
     if not parts:
         tree.note("no folders ROOT/train and ROOT/test: all of ROOT is taken as test.")
     for split, base in parts or [("test", tree.root)]:

@@ -23,15 +23,21 @@ def _folder_names(top: str, below: Path) -> dict[str, str]:
     """
     folders = below.parts[:-1]
     clip = folders[-1] if folders and kind_of(below.name) == "image" else below.stem
-    return {"method": "real" if top == "real" else (folders[0] if folders and folders[0] != "real" else "fake"),
-            "subject": clip}
+    return {
+        "method": "real" if top == "real" else (folders[0] if folders and folders[0] != "real" else "fake"),
+        "subject": clip,
+    }
 
 
 def folder(tree: Tree) -> None:
     """Your own media: real/ and fake/ (with sub-folders), or a media.csv in ROOT that lists them and says more."""
     tree.fractions = DEFAULT_FRACTIONS
-    files = {path.relative_to(tree.root): top for top in ("real", "fake") if (tree.root / top).is_dir()
-             for path in tree.walk(tree.root / top)}
+    files = {
+        path.relative_to(tree.root): top
+        for top in ("real", "fake")
+        if (tree.root / top).is_dir()
+        for path in tree.walk(tree.root / top)
+    }
     if (tree.root / "media.csv").exists():
         _folder_csv(tree, {path.as_posix() for path in files})
         return
@@ -62,15 +68,18 @@ def _folder_csv(tree: Tree, on_disk: set[str]) -> None:
         _folder_row(tree, name, row, _LABELS[row["label"].lower()], where)
     without = [line for line, row in rows if not row.get("split")]
     if without and len(without) < len(rows):
-        raise DatasetError(f"media.csv at {path}: {len(without)} rows have no split (first in line {without[0]}); "
-                           "give every row one, or none.")
+        raise DatasetError(
+            f"media.csv at {path}: {len(without)} rows have no split (first in line {without[0]}); "
+            "give every row one, or none."
+        )
     missing = [name for name in seen if not os.path.isfile(tree.root / name)]
     if missing:
         tree.note(f"{len(missing)} of {len(seen)} files listed in media.csv are missing: {some(missing)}.")
     unlisted = on_disk - set(seen)
     if unlisted:
-        tree.note(f"{len(unlisted)} files under real/ and fake/ are not in media.csv and were left out: "
-                  f"{some(unlisted)}.")
+        tree.note(
+            f"{len(unlisted)} files under real/ and fake/ are not in media.csv and were left out: {some(unlisted)}."
+        )
 
 
 def _folder_row(tree: Tree, name: str, row: dict[str, str], label: int, where: str) -> None:
@@ -81,9 +90,16 @@ def _folder_row(tree: Tree, name: str, row: dict[str, str], label: int, where: s
     if label == 1 and method == "real":
         raise DatasetError(f"{where}: method 'real' on an item labelled fake.")
     group = row.get("group", "")
-    tree.add(name, row.get("split", ""), label, method, subject=row.get("subject") or guess["subject"],
-             source_id=row.get("source", ""), camera=row.get("camera", ""),
-             group_id=f"{tree.dataset}:{group}" if group else "")
+    tree.add(
+        name,
+        row.get("split", ""),
+        label,
+        method,
+        subject=row.get("subject") or guess["subject"],
+        source_id=row.get("source", ""),
+        camera=row.get("camera", ""),
+        group_id=f"{tree.dataset}:{group}" if group else "",
+    )
 
 
 def world(tree: Tree) -> None:
@@ -116,8 +132,9 @@ LAYOUTS: dict[str, tuple[Callable[..., None], str]] = {
 }
 
 
-def index(root: Path | str, layout: str, seed: int = 0, dataset: str = "", **options: str | Path | None
-          ) -> tuple[pd.DataFrame, list[str]]:
+def index(
+    root: Path | str, layout: str, seed: int = 0, dataset: str = "", **options: str | Path | None
+) -> tuple[pd.DataFrame, list[str]]:
     """Manifest of the data set at `root`, and notes: sentences that name what is missing or odd, with counts.
 
     layout: a key of LAYOUTS. dataset: name in the manifest; default the layout's, for "folder" the folder's.
@@ -133,13 +150,15 @@ def index(root: Path | str, layout: str, seed: int = 0, dataset: str = "", **opt
     known = list(inspect.signature(adapter).parameters)[1:]
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise DatasetError(f"Layout {layout} takes no option {', '.join(unknown)}; "
-                           f"it takes {', '.join(known) or 'none'}.")
+        raise DatasetError(
+            f"Layout {layout} takes no option {', '.join(unknown)}; it takes {', '.join(known) or 'none'}."
+        )
     if not root.is_dir():
         raise DatasetError(f"There is no folder {root}; layout {layout} looks there for {expected}.")
     tree = Tree(root, dataset or (root.name if layout == "folder" else layout))
     adapter(tree, **options)
     if not tree.rows:
-        raise DatasetError(f"Nothing found in {root}; layout {layout} looks there for {expected}. "
-                           + " ".join(tree.notes))
+        raise DatasetError(
+            f"Nothing found in {root}; layout {layout} looks there for {expected}. " + " ".join(tree.notes)
+        )
     return tree.frame(seed), tree.notes

@@ -80,9 +80,13 @@ def _directed(df: pd.DataFrame, plan: Plan, names: dict[str, str]) -> list[tuple
     plan.leave_out("their method has no name in this layout", unnamed)
     plan.leave_out("their people are in no pair of one split", unpaired)
     plan.leave_out("further clips of the same person or of the same pair and method", second)
-    plan.texts |= {f"splits/{split}.json": json.dumps(
-        [[f"{number[a]:03d}", f"{number[b]:03d}"] for a, (b, s) in sorted(partner.items()) if s == split and a < b],
-        indent=2) for split in SPLITS}
+    plan.texts |= {
+        f"splits/{split}.json": json.dumps(
+            [[f"{number[a]:03d}", f"{number[b]:03d}"] for a, (b, s) in sorted(partner.items()) if s == split and a < b],
+            indent=2,
+        )
+        for split in SPLITS
+    }
     return placed
 
 
@@ -148,8 +152,9 @@ def _df40(df: pd.DataFrame) -> Plan:
     plan = Plan()
     for row, target, source in _directed(df[~df["method"].isin(["real", "synthesis"])], plan, DF40_NAMES):
         part = "test" if df.at[row, "split"] == "test" else "train"
-        plan.links[f"{part}/{DF40_NAMES[df.at[row, 'method']]}/ff/{target}_{source}"
-                   + PurePosixPath(df.at[row, "path"]).suffix] = row
+        plan.links[
+            f"{part}/{DF40_NAMES[df.at[row, 'method']]}/ff/{target}_{source}" + PurePosixPath(df.at[row, "path"]).suffix
+        ] = row
     plan.texts.clear()  # DF40 has no pair lists of its own
     count: dict[str, int] = {}
     subject, _, number = _people(df)
@@ -161,8 +166,12 @@ def _df40(df: pd.DataFrame) -> Plan:
     return plan
 
 
-WRITERS: dict[str, Callable[[pd.DataFrame], Plan]] = {"ffpp": _ffpp, "celebdf2": _celebdf2, "dfdc": _dfdc,
-                                                       "df40": _df40}
+WRITERS: dict[str, Callable[[pd.DataFrame], Plan]] = {
+    "ffpp": _ffpp,
+    "celebdf2": _celebdf2,
+    "dfdc": _dfdc,
+    "df40": _df40,
+}
 
 
 def write_layout(manifest_path: Path | str, out: Path | str, layout: str) -> list[str]:

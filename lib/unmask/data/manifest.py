@@ -52,12 +52,19 @@ SCHEMA = pa.DataFrameSchema(
         "source_id": _text(),
         "group_id": _text(_FILLED),
         "camera": _text(),
-        "annotations": _text(pa.Check(lambda s: s.map(lambda p: p == "" or is_inside(p)),
-                                      error="must be empty or a relative path that stays inside root")),
+        "annotations": _text(
+            pa.Check(
+                lambda s: s.map(lambda p: p == "" or is_inside(p)),
+                error="must be empty or a relative path that stays inside root",
+            )
+        ),
     },
-    checks=pa.Check(lambda df: (df["label"] == 0) == (df["method"] == "real"),
-                    error="method must be 'real' for label 0, and only for label 0"),
-    strict=True, ordered=True,
+    checks=pa.Check(
+        lambda df: (df["label"] == 0) == (df["method"] == "real"),
+        error="method must be 'real' for label 0, and only for label 0",
+    ),
+    strict=True,
+    ordered=True,
 )
 COLUMNS = tuple(SCHEMA.columns)
 _ARROW = pyarrow.schema([(c, pyarrow.int8() if c == "label" else pyarrow.string()) for c in COLUMNS])
@@ -82,8 +89,11 @@ def _describe(cases: pd.DataFrame) -> str:
     sentences = []
     for (column, check), part in cases.groupby(["column", "check"], sort=False, dropna=False):
         rows = part["index"].dropna().unique()
-        example = f" (e.g. {part['failure_case'].iloc[0]!r} in row {rows[0]})" if len(rows) else \
-            f" ({part['failure_case'].iloc[0]!r})"
+        example = (
+            f" (e.g. {part['failure_case'].iloc[0]!r} in row {rows[0]})"
+            if len(rows)
+            else f" ({part['failure_case'].iloc[0]!r})"
+        )
         subject = f"column {column!r}" if column in COLUMNS else "table"
         sentences.append(f"{subject} fails {check!r}{f' in {len(rows)} rows' if len(rows) else ''}{example}.")
     return " ".join(sentences[:3])
@@ -126,13 +136,19 @@ def read_manifest(path: Path | str) -> pd.DataFrame:
 
 def _schema_fault(schema: pyarrow.Schema) -> str:
     if tuple(schema.names) == COLUMNS:
-        wrong = [f"{f.name} is {f.type}, expected {_ARROW.field(f.name).type}" for f in schema
-                 if f.type != _ARROW.field(f.name).type]
+        wrong = [
+            f"{f.name} is {f.type}, expected {_ARROW.field(f.name).type}"
+            for f in schema
+            if f.type != _ARROW.field(f.name).type
+        ]
         return "column " + "; ".join(wrong) + "."
     missing = [c for c in COLUMNS if c not in schema.names]
     extra = [c for c in schema.names if c not in COLUMNS]
-    return (f"missing columns {missing[:5]}, unexpected columns {extra[:5]}." if missing or extra
-            else "the columns are repeated or in another order.")
+    return (
+        f"missing columns {missing[:5]}, unexpected columns {extra[:5]}."
+        if missing or extra
+        else "the columns are repeated or in another order."
+    )
 
 
 def media_path(row: Mapping[str, str] | pd.Series, manifest_path: Path | str, column: str = "path") -> Path:
@@ -166,7 +182,7 @@ def assign_groups(df: pd.DataFrame) -> pd.DataFrame:
     subject = subject.where(subject != "", source).where((subject != "") | (source != ""), own)
     source = source.where(source != "", subject)
     codes, names = pd.factorize(pd.concat([subject, source]), sort=True)
-    a, b = codes[: len(df)], codes[len(df):]
+    a, b = codes[: len(df)], codes[len(df) :]
     graph = coo_matrix((np.ones(len(df), dtype=np.int8), (a, b)), shape=(len(names), len(names)))
     component = connected_components(graph, directed=False)[1]
     first = pd.Series(range(len(names))).groupby(component).min().to_numpy()
@@ -191,8 +207,10 @@ def check_splits(df: pd.DataFrame, allow_official: Collection[str] = ()) -> pd.D
     refused = sorted(members.loc[~members["dataset"].isin(list(allow_official)), "group_id"].unique())
     if refused:
         shown = ", ".join(repr(g) for g in refused[:3])
-        raise ManifestError(f"{len(refused)} groups lie in more than one split, e.g. {shown}. Split by group "
-                            "(split_by_group), or allow the data sets whose official split overlaps.")
+        raise ManifestError(
+            f"{len(refused)} groups lie in more than one split, e.g. {shown}. Split by group "
+            "(split_by_group), or allow the data sets whose official split overlaps."
+        )
     return leaks
 
 
@@ -212,8 +230,7 @@ def split_by_group(df: pd.DataFrame, fractions: Mapping[str, float], seed: int) 
     fractions: split -> share, adding up to 1. Raises ManifestError on bad fractions.
     """
     shares = {s: f for s, f in fractions.items() if f > 0}
-    if not set(shares) <= set(SPLITS) or min(fractions.values(), default=0) < 0 or \
-            abs(sum(shares.values()) - 1) > 1e-6:
+    if not set(shares) <= set(SPLITS) or min(fractions.values(), default=0) < 0 or abs(sum(shares.values()) - 1) > 1e-6:
         raise ManifestError(f"Split fractions must be shares of {SPLITS} that add up to 1, not {dict(fractions)}.")
     order = sorted(shares, key=lambda s: (-shares[s], SPLITS.index(s)))
     # crosstab sorts the groups, so the draw below sees the same list whatever the row order.

@@ -22,7 +22,7 @@ class DatasetError(ManifestError):
 
 
 def kind_of(path: str) -> str:
-    """"image" for the known image extensions, "video" for everything else."""
+    """ "image" for the known image extensions, "video" for everything else."""
     return "image" if Path(path).suffix.lower() in IMAGE_SUFFIXES else "video"
 
 
@@ -102,8 +102,10 @@ class Tree:
             return []
         bad = [p for p in found if not _storable(p.name)]
         if bad:
-            self.note(f"{len(bad)} names in {self.short(folder)} are not valid UTF-8 and were left out; rename them: "
-                      f"{some(repr(p.name) for p in bad)}.")
+            self.note(
+                f"{len(bad)} names in {self.short(folder)} are not valid UTF-8 and were left out; rename them: "
+                f"{some(repr(p.name) for p in bad)}."
+            )
         return [p for p in found if _storable(p.name)]
 
     def short(self, path: Path) -> str:
@@ -119,8 +121,10 @@ class Tree:
         files = [p for p in entries if not os.path.isdir(p)]
         special = [p for p in files if os.path.exists(p) and not os.path.isfile(p)]
         if special:
-            self.note(f"{len(special)} entries in {self.short(folder)} are not regular files and were left out: "
-                      f"{some(p.name for p in special)}.")
+            self.note(
+                f"{len(special)} entries in {self.short(folder)} are not regular files and were left out: "
+                f"{some(p.name for p in special)}."
+            )
         return [p for p in files if p not in special]
 
     def walk(self, folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
@@ -197,8 +201,10 @@ class Tree:
         leaks = leakage(df)
         if len(leaks):
             items = int(df["group_id"].isin(leaks.index).sum())
-            self.note(f"{len(leaks)} of {df['group_id'].nunique()} groups ({items} items) lie in more than one split: "
-                      f"{some(leaks.index)}.")
+            self.note(
+                f"{len(leaks)} of {df['group_id'].nunique()} groups ({items} items) lie in more than one split: "
+                f"{some(leaks.index)}."
+            )
 
 
 def _storable(name: str) -> bool:

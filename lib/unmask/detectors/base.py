@@ -25,12 +25,17 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What a detector wants to see: RGB crops of `size` pixels, 0..1, then (x - mean) / std; `frames` a clip."""
+    """What a detector wants to see: RGB crops of `size` pixels, 0..1, then (x - mean) / std; `frames` a clip.
+
+    A crop is the face scaled to `size` or, if `native`, a window on it at the stored resolution: scaling blurs the
+    finest traces.
+    """
 
     size: int
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     frames: int = 1
+    native: bool = False
 
 
 class Detector(nn.Module):
@@ -167,7 +172,8 @@ def load_checkpoint(folder: str | Path) -> tuple[Detector, dict]:
     try:
         detector = build(card["detector"], **card["config"])
         detector.load_state_dict(weights)
-        if card["input"] != json.loads(json.dumps(asdict(detector.input_spec))):
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in card["input"].items()}
+        if InputSpec(**given) != detector.input_spec:
             raise ValueError("it was trained on crops of another size or normalisation.")
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         why = " ".join(str(error).split())[:200]  # torch lists every weight that does not fit, a line each

@@ -61,9 +61,9 @@ class ConvNeXt(Detector):
     backbone: a timm name. fusion: "topdown" adds features of strides 8 to 32 (`TopDown`) to those of the last stage.
     frequency: a branch of `frequency.BRANCHES`, or "none". join: where it enters: "stem" (added at stride 4), "concat"
     or "attention" (after the stage of stride 16). pretrained: start from timm's weights. size: crop size in pixels, a
-    multiple of 32. drop_path: stochastic depth. layer_scale: start the blocks at timm's layer scale of 1e-6 instead of
-    1; by default only with pretrained weights, for it is made for 300 epochs, and short training from random weights
-    never gets past it. ValueError for options that do not fit together.
+    multiple of 32. drop_path: stochastic depth. native: see `InputSpec`. layer_scale: start the blocks at timm's layer
+    scale of 1e-6 instead of 1; by default only with pretrained weights, for it is made for 300 epochs, and short
+    training from random weights never gets past it. ValueError for options that do not fit together.
 
     All variants share their names of parameters, and what one adds to another starts at zero (except SRM at the stem),
     so that the weights of one start another.
@@ -72,6 +72,7 @@ class ConvNeXt(Detector):
     def __init__(
         self, backbone: str = "convnext_tiny", fusion: str = "none", frequency: str = "srm", join: str = "stem",
         pretrained: bool = False, size: int = 224, drop_path: float = 0.0, layer_scale: bool | None = None,
+        native: bool = False,
     ):  # fmt: skip
         super().__init__()
         check(fusion, frequency, join, size)
@@ -79,9 +80,9 @@ class ConvNeXt(Detector):
         # A checkpoint brings its own weights, so it is rebuilt without asking for pretrained ones.
         self.config = {
             "backbone": backbone, "fusion": fusion, "frequency": frequency, "join": join, "size": size,
-            "drop_path": drop_path, "layer_scale": layer_scale,
+            "drop_path": drop_path, "layer_scale": layer_scale, "native": native,
         }  # fmt: skip
-        self.input_spec = InputSpec(size)
+        self.input_spec = InputSpec(size, native=native)
         # Not None, which timm drops from the options, to leave its 1e-6. The second version has no layer scale at all.
         options = {} if layer_scale or backbone.startswith("convnextv2") else {"ls_init_value": 1.0}
         self.backbone = timm.create_model(

@@ -82,7 +82,7 @@ class Temporal(Detector):
             "frames": frames,
             "differences": differences,
         }
-        self.input_spec = InputSpec(spec.size, spec.mean, spec.std, frames)
+        self.input_spec = InputSpec(spec.size, spec.mean, spec.std, frames, spec.native)
         with torch.no_grad():  # found by trying: detectors name it differently
             self.pooled = self.spatial.features(torch.zeros(1, 1, 3, spec.size, spec.size)).shape[1]
         self.norm = nn.LayerNorm(self.pooled)
