@@ -325,7 +325,7 @@ def test_weights_that_cannot_be_started_from_are_refused(run):
 def test_the_weights_that_come_with_the_kit_fit_the_demo_profile():
     profile = load_profile("demo")
     options = Options(seed=0, recipe=profile.sbi.recipe, **profile.train)
-    detector, kept = training._start(dict(profile.convnext), options), training._init_folder(options)
+    detector, kept = training._start("convnext", dict(profile.convnext), options), training._init_folder(options)
     detector.eval(), load_checkpoint(kept)
     assert kept.parent.name == "weights" and all(torch.isfinite(p).all() for p in detector.parameters())
 

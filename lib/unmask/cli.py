@@ -8,7 +8,7 @@ from pathlib import Path
 from unmask.profile import Profile, ProfileError, load_profile, parse_changes
 
 # What `unmask train` takes; kept here too, so that the parser needs no PyTorch.
-VARIANTS = ("convnext", "convnext-fusion", "convnext-frequency")
+VARIANTS = ("convnext", "convnext-fusion", "convnext-frequency", "residual")
 HEADS = ("mean", "gru", "transformer")
 
 

@@ -44,14 +44,14 @@ from unmask.profile import Profile, digest, source_hash, write_atomic
 from unmask.progress import track
 
 STATE = "last.pt"
-DETECTOR = "convnext"
 DIVERGED = "The loss is no longer a number; lower train.lr."
 
-# What `unmask train` knows by name: changes of the profile's `convnext` keys.
-VARIANTS: dict[str, dict] = {
-    "convnext": {},
-    "convnext-fusion": {"fusion": "topdown"},
-    "convnext-frequency": {"join": "attention"},
+# What `unmask train` knows by name: the detector, whose keys the profile has, and changes of these.
+VARIANTS: dict[str, tuple[str, dict]] = {
+    "convnext": ("convnext", {}),
+    "convnext-fusion": ("convnext", {"fusion": "topdown"}),
+    "convnext-frequency": ("convnext", {"join": "attention"}),
+    "residual": ("residual", {}),
 }
 
 
@@ -177,12 +177,11 @@ def train(
     Killed at any point, the same call goes on from the last whole epoch and ends with the same weights; finished and
     unchanged (options, crops that are used, source code), it returns at once. Raises TrainingError.
     """
-    if name not in VARIANTS:
-        raise TrainingError(f"There is no variant {name!r}; known are {', '.join(VARIANTS)}.")
-    out, config = Path(out), dict(config) | VARIANTS[name]
+    kind, changes = VARIANTS[name]
+    out, config = Path(out), dict(config) | changes
     splits = {split: _split_rows(index, manifest, split, options) for split in ("train", "val")}
     used = [fingerprint(rows) for split in splits.values() for rows in split]
-    source = source_hash(sbi, hulls, optim, pairs, base, frequency, base.module(DETECTOR), sys.modules[__name__])
+    source = source_hash(sbi, hulls, optim, pairs, base, frequency, base.module(kind), sys.modules[__name__])
     folder = _init_folder(options)
     init = base.read_checkpoint(folder)[1]["sha256"] if folder else ""
     key = digest([name, config, options.key(), init, *used, source])
@@ -190,7 +189,7 @@ def train(
         return out
     with own_randomness(options.seed):
         accelerator = Accelerator(mixed_precision=precision())
-        detector = _start(config, options)
+        detector = _start(kind, config, options)
         spec = detector.input_spec
         data, val_data = (_pairs(store, rows, spec, options, split == "train") for split, rows in splits.items())
         return _fit(accelerator, detector, data, val_data, splits["train"][0], out, options, key)
@@ -220,12 +219,12 @@ def _init_folder(options: Options) -> Path | None:
     return None if options.shuffle else init_folder(options.init)
 
 
-def _start(config: dict, options: Options):
+def _start(kind: str, config: dict, options: Options):
     """The detector as training finds it: random or timm's weights, or what fits of those of `options.init`."""
     try:
-        detector = base.build(DETECTOR, **config)
+        detector = base.build(kind, **config)
     except (ValueError, RuntimeError) as error:
-        raise TrainingError(f"The detector cannot be built from the profile's `{DETECTOR}` keys: {error}") from error
+        raise TrainingError(f"The detector cannot be built from the profile's `{kind}` keys: {error}") from error
     folder = _init_folder(options)
     if folder is not None:
         kept, own = base.read_checkpoint(folder)[0], detector.state_dict()
@@ -339,7 +338,7 @@ class Run:
     """One training among several: the variant, and what differs from the profile's detector and `train` keys."""
 
     seed: int
-    name: str = DETECTOR
+    name: str = "convnext"
     shuffle: bool = False
     config: Mapping = field(default_factory=dict)
     options: Mapping = field(default_factory=dict)
@@ -364,7 +363,9 @@ def train_run(
     """`train_detector` for a `Run`."""
     given = {**profile.train, **run.options}
     options = Options(seed=run.seed, recipe=profile.sbi.recipe, shuffle=run.shuffle, **given)
-    config = {**profile[DETECTOR], **run.config}
+    if run.name not in VARIANTS:
+        raise TrainingError(f"There is no variant {run.name!r}; known are {', '.join(VARIANTS)}.")
+    config = {**profile[VARIANTS[run.name][0]], **run.config}
     return train(run.name, config, read_manifest(manifest), read_index(crops), CropStore(crops), out, options)
 
 
