@@ -178,6 +178,22 @@ def test_no_test_face_is_ever_opened_and_a_fake_only_under_supervision(run, data
     assert any(manifest.set_index("item_id").loc[list(opened), "label"]) == (source == "fakes")
 
 
+def test_the_last_epoch_is_kept_on_demand(run, monkeypatch):
+    losses = iter([0.1, 0.5, 0.1, 0.5])
+    seen = []
+
+    def judge(detector, loader):
+        seen.append({k: v.detach().clone() for k, v in detector.state_dict().items()})
+        return {"val_auc": 0.5, "val_loss": next(losses)}
+
+    monkeypatch.setattr(training, "validate", judge)
+    for select, kept in (("best", 0), ("last", 3)):
+        state = load_checkpoint(run(select, select=select))[0].state_dict()
+        assert all(torch.equal(state[k], seen[kept][k]) for k in state), select
+    with pytest.raises(TrainingError, match="best or last"):
+        run("other", select="first")
+
+
 def test_the_shuffled_control_flips_the_same_half_every_time():
     rows = [{"item_id": f"{i:016x}", "frame": f} for i in range(100) for f in range(10)]
     options = Options(**OPTIONS, shuffle=True)

@@ -61,6 +61,7 @@ class Options:
 
     source: "sbi" (real faces and their self-blends) or "fakes" (real and labelled fake faces, supervised). layer_decay:
     see `optim.parameter_groups`. sam: radius of sharpness-aware minimisation, 0 is off. compile: use torch.compile.
+    select: keep the "best" epoch by validation loss, or the "last", where validation has too few videos to choose by.
     """
 
     seed: int
@@ -79,12 +80,15 @@ class Options:
     layer_decay: float = 1.0
     sam: float = 0.0
     compile: bool = False
+    select: str = "best"
     loaders: int = 0
     shuffle: bool = False
 
     def __post_init__(self):
         if self.source not in ("sbi", "fakes"):
             raise TrainingError(f"train.source is sbi or fakes, not {self.source!r}.")
+        if self.select not in ("best", "last"):
+            raise TrainingError(f"train.select is best or last, not {self.select!r}.")
 
     def key(self) -> str:
         """Hash of all that changes the result."""
@@ -265,7 +269,7 @@ def _fit(accelerator, detector, data, val_data, rows, out: Path, options: Option
         shown = accelerator.unwrap_model(average.module if average else detector)
         figures = validate(shown, pair_loader(val_data, val_batches, 0))
         history.append({"epoch": len(history), "loss": float(np.mean(losses)), **figures})
-        if _best_epoch(history) == len(history) - 1:
+        if options.select == "last" or _best_epoch(history) == len(history) - 1:
             best = {k: v.detach().cpu().clone() for k, v in shown.state_dict().items()}
         state = {"key": key, "history": history, "best": best}
         save_state(out / STATE, state | {name: part.state_dict() for name, part in parts.items()})
