@@ -33,9 +33,11 @@ class Residual(Detector):
 
     def _frames(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalised frames float[N,3,H,W] to features float[N,D] and boundary logits float[N,H/8,W/8]."""
-        mean, std = (frames.new_tensor(v).view(1, 3, 1, 1) for v in (self.input_spec.mean, self.input_spec.std))
-        fine = self.fine(self.frequency(255 * (frames * std + mean)))
-        return self.coarse(fine).mean((2, 3)), self.boundary_head(fine).squeeze(1)
+        # In full precision: the differences that count are smaller than what bf16 keeps.
+        with torch.autocast(frames.device.type, enabled=False):
+            mean, std = (frames.new_tensor(v).view(1, 3, 1, 1) for v in (self.input_spec.mean, self.input_spec.std))
+            fine = self.fine(self.frequency(255 * (frames.float() * std + mean)))
+            return self.coarse(fine).mean((2, 3)), self.boundary_head(fine).squeeze(1)
 
     def features(self, clips: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         b, t = clips.shape[:2]
