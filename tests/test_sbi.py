@@ -623,7 +623,13 @@ def test_flips_and_crops_of_pairs_have_their_shares(recipe, monkeypatch):
     still, flips, boxes = sbi.SelfBlend(image, image, np.zeros((48, 48), np.float32), image[..., 0]), [], []
     flip, crop_box = sbi.flip, sbi.crop_box
     monkeypatch.setattr(sbi, "flip", lambda *a: flips.append(True) or flip(*a))
-    monkeypatch.setattr(sbi, "crop_box", lambda *a: boxes.append((crop_box(*a), hulls.face_box(a[0]))) or boxes[-1][0])
+
+    def watched(marks, rng, side):
+        assert side is None
+        boxes.append((crop_box(marks, rng), hulls.face_box(marks)))
+        return boxes[-1][0]
+
+    monkeypatch.setattr(sbi, "crop_box", watched)
     monkeypatch.setattr(sbi, "blend", lambda *a: still)
     monkeypatch.setattr(sbi, "crop", lambda part, box, size: np.zeros((size, size)))
     monkeypatch.setattr(sbi, "_augment", lambda image, *a: image)
