@@ -159,7 +159,7 @@ def against_plain() -> list[str]:
     for size in SIZES:
         image, points = drawn_face(size)
         stored, (frame, places) = encode_crop(image, "png"), framed(image, points)
-        for recipe in sbi.RECIPES:
+        for recipe in ("intended", "faithful"):  # the published ways
             ways = {
                 "blend alone": (
                     lambda rng, a=image, b=points, r=recipe: sbi.self_blend(a, b, rng, r),
