@@ -4,7 +4,7 @@
 
 NAME is one of WEIGHTS. FOLDER takes the world, its crops and the checkpoint of each seed; the one with the lowest loss
 on self-blends of the real validation faces goes to lib/unmask/weights/NAME. No forged medium is opened. Ten minutes
-on two cores for `convnext-demo`, half an hour on one for `convnext-demo-128`.
+on two cores for `convnext-demo`, an hour on a shared one for `convnext-demo-128`.
 """
 
 import argparse
@@ -20,11 +20,15 @@ from unmask.profile import ROOT, load_profile
 
 # By name: the world's seed, the seeds of training, and what differs from profile demo.
 WEIGHTS = {
-    "convnext-demo": (7, (0, 1), {"convnext.size": 96, "sbi.recipe": "intended", "train.epochs": 35, "train.lr": 1e-3}),
+    "convnext-demo": (
+        7, (0, 1),
+        {"convnext.size": 96, "sbi.recipe": "intended", "train.epochs": 35, "train.lr": 1e-3, "train.layer_decay": 1.0},
+    ),
     "convnext-demo-128": (
         770013, (0,),
         {"world.pairs_train": 80, "world.pairs_val": 10, "world.pairs_test": 1, "world.pairs_b": 1,
-         "convnext.size": 128, "sbi.recipe": "smooth", "train.epochs": 24, "train.lr": 1e-3, "train.warmup": 0.05},
+         "convnext.size": 128, "sbi.recipe": "smooth", "train.epochs": 24, "train.lr": 1e-3, "train.warmup": 0.05,
+         "train.layer_decay": 1.0},
     ),
 }  # fmt: skip
 
