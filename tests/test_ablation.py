@@ -24,6 +24,12 @@ def test_the_grid_has_every_combination_once_and_the_plain_cell_first():
     ], "without its yardstick no gain could be told"
 
 
+def test_without_labelled_fakes_the_grid_learns_from_self_blends_alone():
+    keys = profile(sources=["sbi", "fakes"], fusions=["none"], frequencies=["none", "srm"])
+    assert ablation.cells(keys, supervised=False) == [PLAIN, Cell("sbi", "none", "srm")]
+    assert {run.options["source"] for run in ablation.spatial_runs(keys, [0], supervised=False).values()} == {"sbi"}
+
+
 def test_every_cell_can_be_built_and_trains_as_it_says():
     runs = ablation.spatial_runs(profile(frequencies=["none", "srm", "fad", "fft", "phase"], epochs=2), [3, 4])
     assert len(runs) == 2 * 2 * 5 * 2

@@ -7,7 +7,7 @@ import torch
 
 from unmask.data.crops import CropStore, read_index
 from unmask.data.manifest import read_manifest
-from unmask.pairs import LabelledPairs, SelfBlendPairs, TrainingError, batch_plan, fake_crops, real_crops
+from unmask.pairs import LabelledPairs, SelfBlendPairs, TrainingError, batch_plan, fake_crops, real_crops, supervised
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +128,10 @@ def test_labelled_pairs_are_fixed_by_seed_epoch_and_crop(labelled):
 
 def test_a_split_without_fakes_says_so(data):
     manifest, index, _ = data
+    assert supervised(index, manifest)
+    for split in ("train", "val"):
+        kept = manifest[(manifest["split"] != split) | (manifest["label"] == 0)]
+        assert not supervised(index, kept) and not supervised(index[index["item_id"].isin(kept["item_id"])], manifest)
     with pytest.raises(TrainingError, match="no crop of a fake face in the val split"):
         fake_crops(index, manifest[(manifest["split"] != "val") | (manifest["label"] == 0)], "val")
 

@@ -56,17 +56,18 @@ def published() -> pd.DataFrame:
     return pd.DataFrame(PUBLISHED, columns=columns)
 
 
-def cells(profile: Profile) -> list[Cell]:
-    """The grid of the profile's `ablation` keys, with PLAIN as its first cell."""
+def cells(profile: Profile, supervised: bool = True) -> list[Cell]:
+    """The grid of the profile's `ablation` keys, with PLAIN as its first cell; unless `supervised` without fakes."""
     keys = profile.ablation
-    grid = [Cell(*values) for values in itertools.product(keys.sources, keys.fusions, keys.frequencies)]
+    sources = [source for source in keys.sources if supervised or source != "fakes"]
+    grid = [Cell(*values) for values in itertools.product(sources, keys.fusions, keys.frequencies)]
     return [PLAIN, *(cell for cell in grid if cell != PLAIN)]
 
 
-def spatial_runs(profile: Profile, seeds: Iterable[int]) -> dict[tuple[Cell, int], Run]:
-    """The training of every cell and seed, for `training.train_runs`."""
+def spatial_runs(profile: Profile, seeds: Iterable[int], supervised: bool = True) -> dict[tuple[Cell, int], Run]:
+    """The training of every one of `cells` and seed, for `training.train_runs`."""
     runs = {}
-    for cell, seed in itertools.product(cells(profile), seeds):
+    for cell, seed in itertools.product(cells(profile, supervised), seeds):
         # A branch of frequencies, without places, can only join by attention; and no branch has nothing to join.
         join_by = {"none": "stem", "fft": "attention"}.get(cell.frequency, profile.convnext.join)
         config = {"fusion": cell.fusion, "frequency": cell.frequency, "join": join_by}

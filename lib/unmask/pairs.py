@@ -31,6 +31,12 @@ def fake_crops(index: pd.DataFrame, manifest: pd.DataFrame, split: str) -> pd.Da
     return _crops(index, manifest, split, 1)
 
 
+def supervised(index: pd.DataFrame, manifest: pd.DataFrame) -> bool:
+    """Whether the train and validation splits both have crops of labelled fakes to learn from."""
+    fakes = manifest[(manifest["label"] == 1) & manifest["item_id"].isin(index["item_id"])]
+    return {"train", "val"} <= set(fakes["split"])
+
+
 def _crops(index: pd.DataFrame, manifest: pd.DataFrame, split: str, label: int) -> pd.DataFrame:
     chosen = manifest.loc[
         (manifest["split"] == split) & (manifest["label"] == label), ["item_id", "group_id", "subject"]
