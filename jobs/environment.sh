@@ -29,6 +29,10 @@ use_environment() { # [extra of pyproject.toml]
         export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv"
     fi
     export PYTHONPATH="$PWD/lib${inherited:+:$inherited}"
+    # Memory that was freed stays with the process (glibc): a network on a CPU is up to half faster when its maps are
+    # not given back and fetched anew with every batch.
+    export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4294967296}
+    export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-4294967296}
 }
 
 find_python() {

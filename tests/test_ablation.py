@@ -81,7 +81,7 @@ def test_the_table_is_the_mean_auc_of_seeds_and_its_paired_gain():
         assert row["auc"] == pytest.approx(auc("gru")) and plain["auc"] == pytest.approx(auc("logits"))
         assert row["gain"] == pytest.approx(auc("gru") - auc("logits")) and row["gain_low"] > 0
         assert plain["gain"] == plain["gain_low"] == plain["gain_high"] == 0
-        assert (row["fusion"], row["frequency"], row["seeds"], row["videos"]) == ("topdown", "srm", 2, len(chosen))
+        assert (row["fusion"], row["frequency"], row["seeds"], row["items"]) == ("topdown", "srm", 2, len(chosen))
 
 
 def test_published_numbers_carry_their_protocol_and_source():

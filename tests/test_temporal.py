@@ -9,7 +9,7 @@ import torch
 from conftest import TINY, tiny_profile
 from sklearn.metrics import roc_auc_score
 
-from unmask import cli, evaluation, features, scoring, temporal
+from unmask import cli, features, scoring, temporal
 from unmask.data.crops import CropStore, read_index
 from unmask.data.manifest import read_manifest, write_manifest
 from unmask.detectors import base
@@ -202,47 +202,6 @@ def test_heads_learn_what_changes_over_time(tiny_checkpoint, tmp_path):
             found[head, order] = roc_auc_score(val.rows.drop_duplicates("item_id")["label"], scores)
     assert found["gru", "in order"] > 0.95 and found["transformer", "in order"] > 0.95
     assert all(0.3 < found[key] < 0.7 for key in found if key[0] == "mean" or key[1] == "frozen")
-
-
-def score_rows(head, variant, seed, scores):
-    return pd.DataFrame({"item_id": list("abcdef"), "frame": -1, "score": scores, "detector": head, "variant": variant,
-                         "seed": seed, "checkpoint": ""})  # fmt: skip
-
-
-def test_comparison_is_paired_and_averages_seeds():
-    manifest = pd.DataFrame(
-        {
-            "item_id": list("abcdef"),
-            "kind": "video",
-            "dataset": "world",
-            "split": "test",
-            "label": [0, 0, 0, 1, 1, 1],
-            "method": ["real"] * 3 + ["swap"] * 3,
-            "group_id": list("123123"),
-        }  # fmt: skip
-    )
-    good, bad = [0.1, 0.2, 0.3, 0.7, 0.8, 0.9], [0.5, 0.6, 0.7, 0.55, 0.65, 0.4]
-    scores = pd.concat(
-        [
-            score_rows("mean", "in order", 0, bad),
-            score_rows("mean", "in order", 1, good),
-            score_rows("gru", "in order", 0, good),
-            score_rows("gru", "in order", 1, good),
-            score_rows("gru", "frozen", 0, bad),
-            score_rows("gru", "frozen", 1, bad),
-        ]  # fmt: skip
-    )
-    table = temporal.compare(scores, manifest, draws=50).set_index(["method", "head", "frames"])
-    low = 3 / 9  # of nine pairs the fake is higher in (.55, .5), (.65, .5), (.65, .6)
-    expected = {("mean", "in order"): (low + 1) / 2, ("gru", "in order"): 1.0, ("gru", "frozen"): low}
-    for key, auc in expected.items():
-        row = table.loc[("swap", *key)]
-        assert (row["auc"], row["gain"], row["items"]) == pytest.approx((auc, auc - (low + 1) / 2, 6))
-    draws = dict(level=0.95, draws=50)
-    both = np.stack([bad, good], 1)
-    labels, groups = manifest["label"], manifest["group_id"]
-    _, *interval = evaluation.auc_difference(labels, np.stack([good, good], 1), both, groups, **draws)
-    assert table.loc[("swap", "gru", "in order"), ["gain_low", "gain_high"]].tolist() == pytest.approx(interval)
 
 
 def test_what_cannot_be_trained_says_so(run, tmp_path, tiny_world):

@@ -331,6 +331,8 @@ def test_weights_that_cannot_be_started_from_are_refused(run):
     first = run("first")
     with pytest.raises(TrainingError, match="another architecture; set train.init=none"):
         run("other", config={"backbone": "convnext_zepto_rms"}, init=str(first))
+    with pytest.raises(TrainingError, match="another architecture; set train.init=none"):
+        training._start("residual", {"size": 64}, Options(**OPTIONS | {"init": str(first)}))
     with pytest.raises(CheckpointError, match="is not a checkpoint"):
         run("other", init="convnext-nowhere")
     (first / "model.safetensors").write_bytes(b"x" * 64)

@@ -15,10 +15,11 @@ import numpy as np
 import pandas as pd
 
 from unmask import features, temporal
+from unmask.comparison import compare
 from unmask.data.crops import CropStore, read_index
 from unmask.detectors import base
-from unmask.evaluation import auc_difference, auc_interval, join, slices
 from unmask.pairs import real_crops
+from unmask.parallel import side_by_side
 from unmask.profile import Profile
 from unmask.training import Run
 
@@ -76,38 +77,50 @@ def spatial_runs(profile: Profile, seeds: Iterable[int], supervised: bool = True
     return runs
 
 
+def score_runs(
+    profile: Profile,
+    manifest: pd.DataFrame,
+    crops: str | os.PathLike,
+    runs: Iterable[tuple[Cell, int]],
+    folder: str | os.PathLike,
+) -> pd.DataFrame:
+    """`score_heads` of every cell and seed, whose frame detector is in `folder`/CELL-SEED, `side_by_side`."""
+    tasks = [(profile, manifest, crops, Path(folder), cell, seed) for cell, seed in runs]
+    return pd.concat(side_by_side(score_heads, tasks, profile.workers, "heads, runs"), ignore_index=True)
+
+
 def score_heads(
     profile: Profile,
     manifest: pd.DataFrame,
     crops: str | os.PathLike,
-    checkpoint: Path,
+    folder: Path,
     cell: Cell,
     seed: int,
-    folder: Path,
 ) -> pd.DataFrame:
     """Score table of the test videos by every head of the profile on one frame detector: a row per video.
 
     crops: frames in a row, as chapter 06 leaves them. `detector` is the head, "logits" for the mean of the frame
     detector's own probabilities, and `variant` the cell. Heads and features are kept in `folder`.
     """
+    checkpoint = folder / f"{cell}-{seed}"
     keys, index = profile.ablation, _middle(read_index(crops), profile.ablation.frames)
     judged = index[index["item_id"].isin(manifest.loc[manifest["split"] == "test", "item_id"])]
     cache, tables = folder / "features", []
-    test = features.of_crops(checkpoint, crops, judged, cache, profile.workers)
+    test = features.of_crops(checkpoint, crops, judged, cache, workers=0)
     learned = [head for head in keys.heads if head != "logits"]
     parts = [
         features.of_made_clips(
             checkpoint, crops, real_crops(index, manifest, split), cache, keys.frames, versions, seed,
-            profile.sbi.recipe, profile.workers,
+            profile.sbi.recipe, workers=0,
         )
         for split, versions in (("train", keys.versions), ("val", 1)) if learned
     ]  # fmt: skip
+    below, settings = base.read_checkpoint(checkpoint)[1], CropStore(crops).settings()
     for head in keys.heads:
-        detector, card = None, base.read_checkpoint(checkpoint)[1]
+        detector, card = None, below
         if head in learned:
             out = folder / f"{cell}-{seed}-{head}"
             config = temporal.head_config(head, profile) | {"frames": keys.frames}
-            settings = CropStore(crops).settings()
             temporal.fit(head, config, checkpoint, *parts, out, temporal.head_options(head, profile, seed), settings)
             detector, card = base.load_checkpoint(out)
         run = {"detector": head, "variant": str(cell), "seed": np.int32(seed), "checkpoint": card["sha256"][:12]}
@@ -124,27 +137,8 @@ def _middle(index: pd.DataFrame, frames: int) -> pd.DataFrame:
 
 
 def table(scores: pd.DataFrame, manifest: pd.DataFrame, level: float = 0.95, draws: int = 1000) -> pd.DataFrame:
-    """AUC of every cell and head, and its paired difference to PLAIN with head logits, per data set and method.
-
-    Intervals come from a bootstrap over groups, drawn alike for both; seeds are averaged within every draw. All are
-    judged on the videos that all of them scored.
-    """
-    rows = []
-    for where, part in slices(join(scores, manifest)).items():
-        if where.reals != "all" or part["label"].nunique() < 2:
-            continue
-        keys = ["item_id", "label", "group_id"]
-        wide = (
-            part.pivot(index=keys, columns=["variant", "detector", "seed"], values="score").dropna().sort_index(axis=1)
-        )
-        labels, groups = (wide.index.get_level_values(name) for name in keys[1:])
-        plain = wide[str(PLAIN), "logits"].to_numpy()
-        for cell, head in dict.fromkeys(column[:2] for column in wide.columns):
-            own = wide[cell, head].to_numpy()
-            auc = auc_interval(labels, own, groups, level, draws)
-            gain = auc_difference(labels, own, plain, groups, level, draws)
-            numbers = dict(zip(("auc", "low", "high", "gain", "gain_low", "gain_high"), auc + gain, strict=True))
-            parts = dict(zip(("source", "fusion", "frequency"), cell.split("-"), strict=True))
-            counted = {"seeds": own.shape[1], "videos": len(wide)}
-            rows.append({"dataset": where.dataset, "method": where.method, **parts, "head": head, **counted, **numbers})
-    return pd.DataFrame(rows)
+    """`comparison.compare` with PLAIN and head logits, the cell's parts in columns of their own."""
+    rows = compare(scores, manifest, ("logits", str(PLAIN)), level, draws).rename(columns={"detector": "head"})
+    parts = rows.pop("variant").str.split("-", expand=True).set_axis(["source", "fusion", "frequency"], axis=1)
+    first = ["dataset", "method"]
+    return pd.concat([rows[first], parts, rows.drop(columns=first)], axis=1)

@@ -21,7 +21,6 @@ from unmask.data.crops import CropStore, read_index
 from unmask.data.manifest import read_manifest
 from unmask.detectors import base
 from unmask.detectors import temporal as heads
-from unmask.evaluation import auc_difference, auc_interval, join, slices
 from unmask.features import Clips, Features
 from unmask.pairs import TrainingError, real_crops
 from unmask.profile import Profile, digest, source_hash
@@ -245,29 +244,3 @@ def score_features(detector, cached: Features, order: str = "in order", seed: in
 
 def _sigmoid(logits: np.ndarray) -> np.ndarray:
     return torch.sigmoid(torch.from_numpy(logits).double()).numpy()
-
-
-def compare(
-    scores: pd.DataFrame, manifest: pd.DataFrame, control: str = "mean", level: float = 0.95, draws: int = 1000
-) -> pd.DataFrame:
-    """AUC of every head and order of frames, and its paired difference to `control` in order, per data set and method.
-
-    scores: a score table of clips whose `detector` is the head and whose `variant` is the order of frames. Intervals
-    come from a bootstrap over groups; all heads are judged on the items that all of them scored, seeds averaged.
-    """
-    rows = []
-    for where, part in slices(join(scores, manifest)).items():
-        if where.reals != "all" or part["label"].nunique() < 2:
-            continue
-        keys = ["item_id", "label", "group_id"]
-        wide = (
-            part.pivot(index=keys, columns=["detector", "variant", "seed"], values="score").dropna().sort_index(axis=1)
-        )
-        labels, groups = (wide.index.get_level_values(name) for name in keys[1:])
-        for head, variant in dict.fromkeys(column[:2] for column in wide.columns):
-            own, other = wide[head, variant].to_numpy(), wide[control, "in order"].to_numpy()
-            auc = auc_interval(labels, own, groups, level, draws)
-            gain = auc_difference(labels, own, other, groups, level, draws)
-            numbers = dict(zip(("auc", "low", "high", "gain", "gain_low", "gain_high"), auc + gain, strict=True))
-            rows.append({**vars(where), "head": head, "frames": variant, "items": len(wide), **numbers})
-    return pd.DataFrame(rows).drop(columns="reals")

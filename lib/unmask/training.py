@@ -10,11 +10,9 @@ import contextlib
 import io
 import json
 import math
-import multiprocessing
 import os
 import sys
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,6 +38,7 @@ from unmask.pairs import (
     pair_loader,
     real_crops,
 )
+from unmask.parallel import side_by_side
 from unmask.profile import Profile, digest, source_hash, write_atomic
 from unmask.progress import track
 
@@ -231,9 +230,9 @@ def _start(kind: str, config: dict, options: Options):
         raise TrainingError(f"The detector cannot be built from the profile's `{kind}` keys: {error}") from error
     folder = _init_folder(options)
     if folder is not None:
-        kept, own = base.read_checkpoint(folder)[0], detector.state_dict()
+        (kept, card), own = base.read_checkpoint(folder), detector.state_dict()
         fitting = {name: value for name, value in kept.items() if name in own and own[name].shape == value.shape}
-        if not {name for name in own if name.startswith("backbone.")} <= set(fitting):
+        if card["detector"] != kind or not {name for name in own if name.startswith("backbone.")} <= set(fitting):
             raise TrainingError(
                 f"The weights that train.init names ({options.init}) are of another architecture; set train.init=none."
             )
@@ -373,21 +372,12 @@ def train_run(
     return train(run.name, config, read_manifest(manifest), read_index(crops), CropStore(crops), out, options)
 
 
-def _one_run(arguments: tuple) -> Path:
-    if not torch.cuda.is_available():
-        torch.set_num_threads(1)  # the number of threads changes sums: one, and `workers` never changes a result
-    return train_run(*arguments)
-
-
 def train_runs(
     profile: Profile,
     manifest: str | os.PathLike,
     crops: str | os.PathLike,
     runs: Mapping[str | os.PathLike, Run],
 ) -> None:
-    """`train_run` for several runs by folder: in turns on a GPU, side by side on a CPU."""
+    """`train_run` for several runs by folder, `side_by_side`."""
     tasks = [(run, profile, manifest, crops, out) for out, run in runs.items()]
-    side_by_side = 1 if torch.cuda.is_available() else min(profile.workers, len(tasks))
-    with ProcessPoolExecutor(side_by_side, multiprocessing.get_context("spawn")) as pool:
-        for _ in track(pool.map(_one_run, tasks), len(tasks), "training, runs"):
-            pass
+    side_by_side(train_run, tasks, profile.workers, "training, runs")

@@ -9,9 +9,7 @@ The manifest's labels and methods are never read here; a test exchanges them and
 """
 
 import json
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +24,7 @@ from unmask.data.manifest import read_manifest
 from unmask.detectors import base
 from unmask.evaluation import balanced_threshold
 from unmask.fingerprints import best_device, read_patterns, write_rows
+from unmask.parallel import side_by_side
 from unmask.profile import Profile, write_json
 from unmask.progress import track
 from unmask.pseudo_labels import AGREEMENT, CUE, ORIENTATION, face_agreement, pseudo_labels
@@ -291,10 +290,7 @@ def _keep_threshold(crops, out: Path, val: pd.DataFrame, seed: int, control: boo
     write_json(stage_folder(out, 3, seed, control) / THRESHOLD_FILE, kept)
 
 
-def _one_run(arguments: tuple) -> None:
-    profile, crops, out, seed, control, backbone = arguments
-    if not torch.cuda.is_available():
-        torch.set_num_threads(1)  # the number of threads changes sums: one, and `workers` never changes a result
+def _learn_one(profile: Profile, crops, out, seed: int, control: bool, backbone: str | None) -> None:
     represent(profile, crops, out, seed, control, backbone)
     if backbone is None:
         classify(profile, crops, out, seed, control)
@@ -306,10 +302,7 @@ def learn(
     """Stages 2 and 3 for every seed and for the control, and stage 2 of a rival backbone; side by side on a CPU."""
     tasks = [(profile, crops, out, seed, control, None) for seed in seeds for control in (False, True)]
     tasks += [(profile, crops, out, seeds[0], False, rival)] if rival else []
-    side_by_side = 1 if torch.cuda.is_available() else min(profile.workers, len(tasks))
-    with ProcessPoolExecutor(side_by_side, multiprocessing.get_context("spawn")) as pool:
-        for _ in track(pool.map(_one_run, tasks), len(tasks), "contrastive learning and classifier, runs"):
-            pass
+    side_by_side(_learn_one, tasks, profile.workers, "contrastive learning and classifier, runs")
 
 
 def score(
