@@ -3,9 +3,9 @@
     python benchmarks/real_media.py MEDIA --work DIR [--method deepfacelive] [--out benchmarks/RESULTS.md]
 
 MEDIA is a folder as for `run_all.sh --data` (real/, fake/, media.csv with groups and splits); faces are found by YuNet.
-The network is `unmask train residual` with profile `few`, on windows that are not scaled again. Two questions are asked of it: the test
-split, over seeds; and, because that has few pairs, every group that has fakes of `--method` with all others to learn
-from. Detection accuracy, not speed; a killed run goes on where it stopped.
+The network is `unmask train residual` with profile `few`, on windows that are not scaled again. Two questions are asked
+of it: the test split, over seeds; and, because that has few pairs, every group that has fakes of `--method` with all
+others to learn from. Detection accuracy, not speed; a killed run goes on where it stopped.
 """
 
 import argparse
