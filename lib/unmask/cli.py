@@ -131,6 +131,20 @@ def score(options: argparse.Namespace) -> int:
     return 0
 
 
+def lare(options: argparse.Namespace) -> int:
+    from unmask.lare import extract, named
+    from unmask.preprocessing import failures
+
+    decoding = {key: _profile(options).preprocess[key] for key in ("frames", "sampling", "fps", "deadline")}
+    settings = named(options.settings, options.model)
+    index = extract(options.manifest, options.out, settings, options.crops, batch=options.batch, **decoding)
+    failed = int((index["status"] == "failed").sum())
+    print(f"{len(index) - failed} maps of {index['item_id'].nunique()} items, {failed} failures: {options.out}")
+    if failed:
+        print(failures(index).rename(columns={"items": "rows"}).to_string(index=False))
+    return 0
+
+
 def evaluate(options: argparse.Namespace) -> int:
     from unmask.evaluation import evaluate_files
 
@@ -235,6 +249,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--locator", choices=["yunet", "uniface", "haar"], help="default: yunet if its weights are here, else haar"
     )
     sub.add_argument("--workers", type=_positive, help="processes")
+    sub = command(lare, "Make maps of the latent reconstruction error (LaRE) of a Stable Diffusion.")
+    sub.add_argument("manifest", metavar="MANIFEST")
+    sub.add_argument("--settings", required=True, metavar="NAME", help="sd15-t200-e4-256 or sd21-t280-e8-512")
+    sub.add_argument("--out", required=True, metavar="DIR", help="where the maps and their index go")
+    sub.add_argument("--crops", metavar="DIR", help="of the crops that `unmask preprocess` left, not of whole frames")
+    sub.add_argument("--model", metavar="DIR", help="a folder with the diffusion model, instead of the settings' own")
+    sub.add_argument("--batch", type=_positive, default=8, help="pictures at a time (default 8)")
     sub = command(evaluate, "Make the result table from scores and a manifest.")
     sub.add_argument("scores", metavar="SCORES", help="score table (Parquet), or the CSV that `unmask score` wrote")
     sub.add_argument("manifest", metavar="MANIFEST")
@@ -248,7 +269,7 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     for module, name in {
         "unmask.data.manifest": "ManifestError", "unmask.data.faces": "LocatorError", "unmask.data.crops": "CropError",
         "unmask.training": "TrainingError", "unmask.detectors.base": "CheckpointError",
-        "unmask.evaluation": "ScoreError", "unmask.fingerprints": "FingerprintError",
+        "unmask.evaluation": "ScoreError", "unmask.fingerprints": "FingerprintError", "unmask.lare": "LareError",
     }.items():  # fmt: skip
         if module in sys.modules:  # an error can only come from a module that was imported
             errors.append(getattr(sys.modules[module], name))
