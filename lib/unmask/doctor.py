@@ -49,9 +49,10 @@ def checks(study: Study) -> list[Check]:
 
 def _packages(study: Study) -> list[Check]:
     project = tomllib.loads((study.root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = [("", text) for text in project["dependencies"]]
-    wanted += [(extra, text) for extra, texts in project["optional-dependencies"].items() for text in texts]
-    return [_package(Requirement(text), extra) for extra, text in wanted if not text.startswith("decord")]
+    wanted = dict.fromkeys(project["dependencies"], "")
+    # What several extras need is listed once, with the last of them.
+    wanted |= {text: extra for extra, texts in project["optional-dependencies"].items() for text in texts}
+    return [_package(Requirement(text), extra) for text, extra in wanted.items() if not text.startswith("decord")]
 
 
 def _package(requirement: Requirement, extra: str) -> Check:
