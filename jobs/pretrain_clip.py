@@ -5,7 +5,7 @@
 FOLDER takes the faces and the state of an interrupted training. The faces belong to people of their own seed, whom no
 table shows, and are all filmed, none forged; captions tell looks, pose and colours (`unmask.data.captions`). The epoch
 with the lowest contrastive loss on unseen people goes to lib/unmask/weights/clip-demo, in open_clip's own format.
-About an hour on one core.
+Nine minutes for the faces and some two minutes an epoch on one core.
 """
 
 import argparse
