@@ -9,19 +9,16 @@ Nine minutes for the faces and some two minutes an epoch on one core.
 """
 
 import argparse
-import io
 import json
 from functools import partial
 from pathlib import Path
 
-import cv2
 import numpy as np
 import open_clip
 import torch
-from joblib import Parallel, delayed
 from safetensors.torch import save
 
-from unmask.data.captions import ATTRIBUTES, caption, face, prompt
+from unmask.data.captions import ATTRIBUTES, caption, faces, prompt
 from unmask.profile import ROOT, write_atomic, write_json
 from unmask.progress import track
 from unmask.training import own_randomness, save_state, schedule
@@ -36,25 +33,6 @@ CONFIG = {
     "text_cfg": {"context_length": 48, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 3},
 }
 OUT = ROOT / "lib/unmask/weights/clip-demo"
-
-
-def faces(folder: Path, workers: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures uint8[N,S,S,3] and values int64[N, attributes], made once."""
-    path = folder / "faces.npz"
-    if not path.exists():
-        tasks = (delayed(_face)(number) for number in range(FACES))
-        made = list(track(Parallel(workers, return_as="generator")(tasks), FACES, "faces"))
-        buffer = io.BytesIO()
-        np.savez(buffer, images=np.stack([image for image, _ in made]), values=np.array([v for _, v in made]))
-        write_atomic(path, buffer.getvalue())
-    kept = np.load(path)
-    return kept["images"], kept["values"]
-
-
-def _face(number: int) -> tuple[np.ndarray, list[int]]:
-    cv2.setNumThreads(1)
-    image, values = face(SEED, number, CONFIG["vision_cfg"]["image_size"])
-    return image, [values[name] for name in ATTRIBUTES]
 
 
 def prepare(images: np.ndarray) -> torch.Tensor:
@@ -148,7 +126,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes that draw faces")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    images, values = faces(options.folder, options.workers)
+    images, values = faces(
+        options.folder / "faces.npz", SEED, FACES, options.workers, size=CONFIG["vision_cfg"]["image_size"]
+    )
     with own_randomness(SEED):
         best, history = train(options.folder, images, values)
     half = {name: value.half() if value.is_floating_point() else value for name, value in best.items()}

@@ -3,13 +3,18 @@
 Every picture is a filmed person as the world films its reals; nothing here knows of forgeries.
 """
 
+import io
 from collections.abc import Mapping
+from pathlib import Path
 
 import cv2
 import numpy as np
+from joblib import Parallel, delayed
 
 from unmask import hulls
 from unmask.data import cameras, scenes, subjects
+from unmask.profile import write_atomic
+from unmask.progress import track
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "skin": ("very pale skin", "pale skin", "tan skin", "brown skin", "dark skin"),
@@ -23,7 +28,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }
 """Every attribute with the phrase of each of its values."""
 OPEN_MOUTH, TURNED, CAST = 0.35, 0.12, 0.06  # opening; yaw in radians; red over blue, less 1
-FILM = 192  # pixels of the filmed frame, which the face is cut from
+FILM = 192  # pixels
 SHOWN = 0.5  # probability of an attribute to be told
 
 
@@ -58,15 +63,39 @@ def caption(values: Mapping[str, int], rng: np.random.Generator) -> str:
     return prompt(*(ATTRIBUTES[name][values[name]] for name in rng.permutation(told)))
 
 
-def face(seed: int, number: int, size: int) -> tuple[np.ndarray, dict[str, int]]:
-    """A face that nobody else has: crop uint8[size,size,3] RGB and its `attributes`. Same arguments, same face."""
+def face(
+    seed: int, number: int, size: int, film: int = FILM, margin: float = 0.25
+) -> tuple[np.ndarray, dict[str, int]]:
+    """A face that nobody else has: crop uint8[size,size,3] RGB and its `attributes`. Same arguments, same face.
+
+    film: pixels of the filmed frame, which the face is cut from. margin: see `hulls.crop_box`.
+    """
     rng = np.random.default_rng([seed, 0xCA97, number])
     subject = subjects.sample_subject(rng)
-    take = scenes.film(subject, rng, 1, 25.0, FILM)
+    take = scenes.film(subject, rng, 1, 25.0, film)
     model = cameras.sample_model("", rng)
-    frame = cameras.expose(take.radiance[0], cameras.Camera("", model, np.zeros((FILM, FILM), np.float32)), rng)
-    crop = hulls.crop(frame, hulls.crop_box(take.landmarks[0], rng), size)
+    frame = cameras.expose(take.radiance[0], cameras.Camera("", model, np.zeros((film, film), np.float32)), rng)
+    crop = hulls.crop(frame, hulls.crop_box(take.landmarks[0], rng, margin), size)
     return _compress(crop, rng), attributes(subject, take.poses[0], model)
+
+
+def faces(path: Path, seed: int, count: int, workers: int, **shape) -> tuple[np.ndarray, np.ndarray]:
+    """The first `count` faces of a seed, made once and kept in `path` (npz): pictures uint8[N,S,S,3] and values
+    int64[N, attributes]. shape: `size` and what else `face` takes."""
+    if not path.exists():
+        tasks = (delayed(_numbered)(seed, number, shape) for number in range(count))
+        made = list(track(Parallel(workers, return_as="generator")(tasks), count, "faces"))
+        buffer = io.BytesIO()
+        np.savez(buffer, images=np.stack([image for image, _ in made]), values=np.array([v for _, v in made]))
+        write_atomic(path, buffer.getvalue())
+    kept = np.load(path)
+    return kept["images"], kept["values"]
+
+
+def _numbered(seed: int, number: int, shape: Mapping) -> tuple[np.ndarray, list[int]]:
+    cv2.setNumThreads(1)
+    image, values = face(seed, number, **shape)
+    return image, [values[name] for name in ATTRIBUTES]
 
 
 def _compress(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
