@@ -82,13 +82,19 @@ def _fetch(settings: Settings) -> Path:
         ) from error
 
 
-def _load(settings: Settings) -> SimpleNamespace:
-    """VAE, UNet, scheduler, the prompt's embedding float32[1,77,D] and `fingerprint`; the text encoder is not kept."""
+def load(settings: Settings, decoder: bool = False) -> SimpleNamespace:
+    """VAE, UNet, scheduler, the prompt's embedding float32[1,77,D] and `fingerprint`; the text encoder is not kept.
+
+    Of the settings only `source`, `revision` and `prompt` matter. Without `decoder` the VAE has none. LareError if the
+    model cannot be loaded, or predicts neither the noise nor the velocity.
+    """
     try:
         from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
         from transformers import CLIPTextModel, CLIPTokenizer, logging
     except ImportError as error:
-        raise LareError('LaRE needs diffusers and transformers: pip install -c constraints.txt -e ".[lare]"') from error
+        raise LareError(
+            'A diffusion model takes diffusers and transformers: pip install -c constraints.txt -e ".[lare]"'
+        ) from error
     folder, given = _fetch(settings), {"local_files_only": True}
     logging.disable_progress_bar()  # it is over in a second, and would stay in logs
     try:
@@ -104,7 +110,10 @@ def _load(settings: Settings) -> SimpleNamespace:
     except (OSError, ValueError) as error:
         why = " ".join(str(error).split())[:200]
         raise LareError(f"{folder} is not a Stable Diffusion in diffusers' layout: {why}") from error
-    vae.decoder = vae.post_quant_conv = None  # half of the VAE, never used
+    if (kind := scheduler.config.prediction_type) not in ("epsilon", "v_prediction"):
+        raise LareError(f"{settings.source} predicts {kind}, neither epsilon nor v_prediction.")
+    if not decoder:
+        vae.decoder = vae.post_quant_conv = None  # half of the VAE
     parts = SimpleNamespace(vae=vae.eval(), unet=unet.eval(), scheduler=scheduler, embedding=embedding)
     return SimpleNamespace(**vars(parts), fingerprint=_fingerprint(folder, parts))
 
@@ -128,10 +137,8 @@ class Extractor:
     """
 
     def __init__(self, settings: Settings):
-        parts = _load(settings)
+        parts = load(settings)
         config = parts.scheduler.config
-        if config.prediction_type not in ("epsilon", "v_prediction"):
-            raise LareError(f"{settings.source} predicts {config.prediction_type}, neither epsilon nor v_prediction.")
         if not 0 <= settings.timestep < config.num_train_timesteps:
             raise LareError(f"The timestep is from 0 to {config.num_train_timesteps - 1}, not {settings.timestep}.")
         self.settings, self.velocity = settings, config.prediction_type == "v_prediction"
