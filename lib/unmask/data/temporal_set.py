@@ -15,23 +15,17 @@ encoded on its own. All else is equal within a triplet: frames, mask, landmarks 
 Limits: the steady twin is forged, too. Label 0 means "steady over time" here, and only scores within this set compare.
 """
 
-import hashlib
-import io
-import json
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
-import pandas as pd
-from joblib import Parallel, delayed
 
-from unmask.data import faces, forgeries, frames, manifest, video
-from unmask.profile import digest, source_hash, write_atomic
-from unmask.progress import track
+from unmask.data import derived, forgeries, video
+from unmask.profile import source_hash
 
 DATASET = "temporal"
 TWINS = {"steady": 0, "jitter": 1, "flicker": 1}
@@ -42,12 +36,8 @@ GAIN = 0.03
 """Gains are uniform between 1 - GAIN and 1 + GAIN."""
 SHRINK, FEATHER = 0.95, 0.03
 """The mask: the outline's hull, shrunk by this factor and blurred by this share of the face's width."""
-CRF = 17
-"""H.264 quality of all twins, each frame a key frame."""
-LONGEST = 96
-"""Frames of a twin at most, in a row from the middle of the original."""
-MAX_SIDE = 1920
-"""Pixels; larger originals are shrunk to this."""
+ENCODING = {"crf": 17, "gop": 1, "bframes": 0}
+"""Of all twins; each frame is a key frame."""
 
 
 def draw(rng: np.random.Generator, count: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -89,62 +79,9 @@ def twin(clip: np.ndarray, landmarks: np.ndarray, shifts: np.ndarray, gains: np.
         yield replace_face(frame, points, shift, gain, width) if np.isfinite(points).all() else frame
 
 
-def _read(row: dict, source: Path, locator: str) -> tuple[video.Clip, np.ndarray]:
-    """The clip of a manifest row and landmarks float32[T,81,2] in its pixels. Raises MediaError or LocatorError."""
-    clip = video.read_frames(manifest.media_path(row, source), LONGEST, max_side=MAX_SIDE, sampling="dense")
-    if row["annotations"]:
-        path = manifest.media_path(row, source, "annotations")
-        finder = faces.build_locator(faces.AnnotationLocator.name, path=path, scale=clip.scale)
-    else:
-        finder = faces.build_locator(locator)
-    found = [finder.locate(frame, int(i)) for frame, i in zip(clip.frames, clip.indices, strict=True)]
-    points = faces.landmarks_of(faces.track(found))
-    landmarks = np.stack([np.full((81, 2), np.nan, np.float32) if p is None else p for p in points])
-    if np.isfinite(landmarks[:, 0, 0]).sum() < 2:
-        raise frames.MediaError("fewer than two frames with a face")
-    return clip, landmarks
-
-
-def _forget(part: Path, out: Path) -> None:
-    """Remove the twins that a part tells of, and the part."""
-    if part.exists():
-        for row in json.loads(part.read_text())["rows"]:
-            for column in ("path", "annotations"):
-                (out / row[column]).unlink(missing_ok=True)
-        part.unlink()
-
-
-def _make(row: dict, source: Path, out: Path, seed: int, locator: str) -> str:
-    """Write the twins of one video; returns "" or why there are none. The part, last, tells that they are whole."""
-    item = row["item_id"]
-    part = out / ".parts" / f"{item}.json"
-    media = [manifest.media_path(row, source, c) for c in ("path", "annotations") if row[c]]
-    stamps = [(p.stat().st_size, p.stat().st_mtime_ns) for p in media if p.exists()]
-    used = source_hash(forgeries, video, frames, faces, sys.modules[__name__])
-    key = digest([row, stamps, seed, locator, used])
-    if part.exists() and (kept := json.loads(part.read_text()))["key"] == key:
-        if all((out / r[column]).exists() for r in kept["rows"] for column in ("path", "annotations")):
-            return ""
-    _forget(part, out)
-    cv2.setNumThreads(1)
-    try:
-        clip, landmarks = _read(row, source, locator)
-    except (frames.MediaError, faces.LocatorError) as error:
-        return str(error)
-    annotations, buffer = f"annotations/{item}.npz", io.BytesIO()
-    np.savez_compressed(buffer, landmarks=landmarks.astype(np.float32))
-    write_atomic(out / annotations, buffer.getvalue())
-    height, width = (side // 2 * 2 for side in clip.frames.shape[1:3])  # as 4:2:0 demands
-    pictures, rows = clip.frames[:, :height, :width], []
-    for name, (shifts, gains) in draw(np.random.default_rng([seed, int(item, 16)]), len(pictures)).items():
-        # The name is a hash, so neither it nor the order of the manifest tells the label.
-        path = f"videos/{hashlib.sha256(f'{seed}/{item}/{name}'.encode()).hexdigest()[:12]}.mp4"
-        video.encode(out / path, twin(pictures, landmarks, shifts, gains), clip.fps, CRF, gop=1, bframes=0)
-        new = {"path": path, "dataset": DATASET, "item_id": manifest.item_id(DATASET, path), "root": ".",
-               "label": TWINS[name], "method": name if TWINS[name] else "real", "annotations": annotations}  # fmt: skip
-        rows.append(row | new)
-    write_atomic(part, json.dumps({"key": key, "rows": rows}))
-    return ""
+def _twins(seed: int, item: str, clip: video.Clip, landmarks: np.ndarray) -> derived.Twins:
+    for name, (shifts, gains) in draw(np.random.default_rng([seed, int(item, 16)]), len(clip.frames)).items():
+        yield name, TWINS[name], twin(clip.frames, landmarks, shifts, gains)
 
 
 def make(
@@ -163,21 +100,6 @@ def make(
     that changed are done again. Videos without a readable face are left out and counted on stderr. Raises ManifestError
     for a broken manifest or if no video is left.
     """
-    source, out = Path(source), Path(out)
-    df = manifest.read_manifest(source)
-    chosen = df[(df["split"] == split) & (df["label"] == 0) & (df["kind"] == "video")].to_dict("records")
-    for folder in ("videos", "annotations", ".parts"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
-    tasks = Parallel(n_jobs=workers, return_as="generator")(
-        delayed(_make)(row, source.absolute(), out, seed, locator) for row in chosen
-    )
-    faults = list(track(tasks, len(chosen), "temporal test set, videos"))
-    for reason, count in Counter(filter(None, faults)).items():
-        print(f"{count} of {len(chosen)} real videos left out: {reason}.", file=sys.stderr)
-    parts = [out / ".parts" / f"{row['item_id']}.json" for row, why in zip(chosen, faults, strict=True) if not why]
-    for old in set((out / ".parts").glob("*.json")) - set(parts):
-        _forget(old, out)
-    rows = [row for part in parts for row in json.loads(part.read_text())["rows"]]
-    table = pd.DataFrame(rows, columns=list(manifest.COLUMNS)).astype({"label": "int8"})
-    manifest.write_manifest(table.sort_values("path"), out / "manifest.parquet")
-    return out / "manifest.parquet"
+    code = source_hash(forgeries, sys.modules[__name__])
+    recipe = derived.Recipe(DATASET, partial(_twins, seed), code, ENCODING, seed, locator)
+    return derived.make(Path(source), Path(out), recipe, (split,), workers, "temporal test set")
