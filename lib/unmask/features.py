@@ -1,37 +1,29 @@
 """Frozen features, computed once: what a detector of single frames makes of crops (`frame_outputs`), kept for heads.
 
 A cache is a folder `CHECKPOINT-KEY`; KEY covers the crops' hashes, how they were cut, the weights, the clips that are
-made of them and the source code. It holds safetensors shards, which an interrupted run adds to, and at last
-`index.parquet` with a row per frame: a folder with an index is whole.
+made of them and the source code. It holds shards (see `unmask.shards`) and an index with a row per frame.
 """
 
-import contextlib
-import multiprocessing
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pandas as pd
-import pyarrow
 import torch
-from safetensors.numpy import load, save
 
-from unmask import clips, hulls, sbi, scoring
+from unmask import clips, hulls, sbi, scoring, shards
 from unmask.data.crops import CropStore
 from unmask.detectors import base, temporal
 from unmask.detectors.temporal import frame_outputs
 from unmask.pairs import fingerprint
-from unmask.profile import digest, source_hash, write_atomic
-from unmask.progress import track
+from unmask.profile import digest, source_hash
 from unmask.scoring import frame_images, windows
 from unmask.training import device
 
-INDEX = "index.parquet"
 SHARD = 24  # clips in a shard: what a kill can cost
 
 
@@ -155,62 +147,19 @@ def _cached(task: Task, rows: pd.DataFrame, units: list, out: str | os.PathLike,
             f"{task.checkpoint} judges clips; a head needs a detector of single frames below it."
         )
     source = source_hash(
-        sys.modules[__name__], clips, sbi, hulls, scoring, temporal, base, base.module(card["detector"])
+        sys.modules[__name__], shards, clips, sbi, hulls, scoring, temporal, base, base.module(card["detector"])
     )
     content = [task.kinds, task.frames, task.seed, task.recipe, len(units)]
     crops = [CropStore(task.crops).settings(), fingerprint(rows.sort_values(["item_id", "frame"]))] if len(rows) else []
     name = f"{card['sha256'][:12]}-{digest([card['sha256'], content, crops, source])}"
     folder = Path(out) / name
-    if not (folder / INDEX).exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        shards = [units[i : i + SHARD] for i in range(0, len(units), SHARD)]
-        task = Task(**vars(task) | {"folder": str(folder)})
-        missing = [(task, k, shard) for k, shard in enumerate(shards) if not _shard(folder, k).exists()]
-        for _ in track(_run(missing, workers), len(missing), "features, shards"):
-            pass
-        buffer = pyarrow.BufferOutputStream()
-        _rows(task, units).to_parquet(buffer, index=False)
-        write_atomic(folder / INDEX, buffer.getvalue().to_pybytes())
-    return _read(folder)
-
-
-def _shard(folder: Path, number: int) -> Path:
-    return folder / f"{number:05d}.safetensors"
-
-
-def _read(folder: Path) -> Features:
-    rows = pd.read_parquet(folder / INDEX)
-    parts = [load(path.read_bytes()) for path in sorted(folder.glob("*.safetensors"))]
-    features, logits = (
-        np.concatenate([part[key] for part in parts]) if parts else np.empty(shape, kind)
-        for key, shape, kind in (("features", (0, 0), np.float16), ("logits", (0,), np.float32))
-    )
-    return Features(features, logits, rows, folder.name)
-
-
-def _run(shards: list, workers: int) -> Iterator[None]:
-    """Make shards in this process or in others; one thread each, since the number of threads changes sums."""
-    if torch.cuda.is_available() or workers == 0 or len(shards) < 2:
-        with _one_thread():
-            yield from map(_make_shard, shards)
-        return
-    with ProcessPoolExecutor(min(workers, len(shards)), multiprocessing.get_context("spawn"), _start_worker) as pool:
-        yield from pool.map(_make_shard, shards)
-
-
-def _start_worker() -> None:
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    task = Task(**vars(task) | {"folder": str(folder)})
+    parts = [units[i : i + SHARD] for i in range(0, len(units), SHARD)]
+    works = [(task, k, part) for k, part in enumerate(parts)]
+    shards.fill(folder, works, _make_shard, partial(_rows, task, units), workers, "features, shards")
+    rows, arrays = shards.read(folder)
+    features = arrays.get("features", np.empty((0, 0), np.float16))
+    return Features(features, arrays.get("logits", np.empty(0, np.float32)), rows, name)
 
 
 def _window(unit: tuple[list[dict], int], task: Task) -> tuple[list[dict], np.random.Generator]:
@@ -269,4 +218,4 @@ def _make_shard(work: tuple[Task, int, Sequence]) -> None:
             outputs.append(frame_outputs(detector, detector.prepare(torch.from_numpy(images).to(device(detector)))))
     features, logits = (torch.cat(part).cpu() for part in zip(*outputs, strict=True))
     content = {"features": features.half().numpy(), "logits": logits.float().numpy()}
-    write_atomic(_shard(Path(task.folder), number), save(content))
+    shards.write(Path(task.folder), number, content)
