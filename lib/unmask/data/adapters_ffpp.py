@@ -1,7 +1,8 @@
 """Adapters for the data sets that share FaceForensics++'s tree or identities: ffpp, dfd, deeperforensics, df40."""
 
+import os
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from unmask.data.tree import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DatasetError, Tree, kind_of, read_json, read_text, some
 
@@ -63,6 +64,7 @@ _DF40_NAMES = {m.lower(): m for m in DF40_KNOWN + DF40_UNKNOWN} | {"whichisreal"
 # Preprocessed trees also hold landmarks, masks and latent codes, which are no media.
 _DF40_SIDE = frozenset({"landmarks", "masks"})
 _DF40_PLAIN = frozenset({"frames", "videos", "inversions", "celeb-real", "youtube-real", "celeb-synthesis"})
+DF40_DOMAINS = ("ff", "cdf", "real", "fake")
 
 
 def _compression(name: str) -> str:
@@ -181,12 +183,37 @@ def deeperforensics(tree: Tree, ffpp_root: str | Path | None = None, compression
     tree.notes += reals.notes
 
 
+def _df40_folders(relative: PurePosixPath | Path) -> tuple[str, ...]:
+    """The folders above a file, below its domain folder, that name a clip."""
+    return tuple(p for p in relative.parts[:-1] if p.lower() not in _DF40_PLAIN)
+
+
+def df40_place(path: str) -> tuple[str, str, tuple[str, ...]] | None:
+    """Method, domain (DF40_DOMAINS) and the folders that name the clip (none: the file stands alone) of a DF40 path.
+
+    path: relative to the data set's root, below train/ or test/ if it has these. None for any other path.
+    """
+    parts = PurePosixPath(path).parts
+    below = parts[1:] if parts[0] in ("train", "test") else parts
+    if len(below) < 3 or below[0].lower() not in _DF40_NAMES or below[1] not in DF40_DOMAINS:
+        return None
+    return _DF40_NAMES[below[0].lower()], below[1], _df40_folders(PurePosixPath(*below[2:]))
+
+
+def df40_empty_folders(folder: Path) -> list[str]:
+    """Folders below a domain folder with nothing in them, as clips without frames leave them; sorted, printable."""
+    found = [Path(here) for here, folders, files in os.walk(folder) if not folders and not files]
+    below = [path.relative_to(folder) for path in found if path != folder]
+    names = [path.as_posix() for path in below if not _DF40_SIDE.intersection(path.parts)]
+    return sorted(name.encode("utf-8", "backslashreplace").decode() for name in names)
+
+
 def _df40_ids(domain: str, method: str, relative: Path, kind: str) -> dict[str, str]:
     """subject and source_id of a DF40 file from its clip's name: the file's own, or for a frame its folder's.
 
     A clip without a donor in its name keeps the clip's name as source_id, so that its frames stay together.
     """
-    folders = [p for p in relative.parts[:-1] if p.lower() not in _DF40_PLAIN]
+    folders = _df40_folders(relative)
     clip = relative.stem if kind == "video" or not folders else folders[-1]
     family = {"ff": "ffpp", "cdf": "celebdf"}.get(domain, "")
     if family == "ffpp" and (m := re.fullmatch(r"(\d{3})(?:_(\d{3}))?", clip)):
@@ -203,20 +230,18 @@ def _df40_is_medium(path: Path) -> bool:
 
 
 def _df40_method(tree: Tree, folder: Path, method: str, split: str) -> None:
-    expected = (
-        ("ff", "cdf")
-        if method in DF40_KNOWN and split == "test"
-        else ("ff",)
-        if method in DF40_KNOWN
-        else ("real", "fake")
-    )
+    # e4e counts as unknown, but what is released of it are inversions of the two known sources.
+    inverted = method in DF40_KNOWN or method == "e4e"
+    expected = ("ff", "cdf") if inverted and split == "test" else ("ff",) if inverted else ("real", "fake")
     what = f"{split or 'train'} {method}"
-    for domain in ("ff", "cdf", "real", "fake"):
+    for domain in DF40_DOMAINS:
         files = list(tree.walk(folder / domain)) if (folder / domain).is_dir() else None
         if files is None and domain in expected:
             tree.note(f"{what}: folder missing (expected {tree.short(folder / domain)}).")
         elif files == []:
             tree.note(f"{what}: folder {tree.short(folder / domain)} is empty.")
+        elif empty := df40_empty_folders(folder / domain) if files else []:
+            tree.note(f"{what}: {len(empty)} folders in {tree.short(folder / domain)} are empty: {some(empty)}.")
         media = [p for p in files or [] if _df40_is_medium(p.relative_to(folder))]
         if files and len(media) < len(files):
             tree.note(
