@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_clips import CONFIG, RESNET, VIT, WEIGHTS, images
 from torch import nn
 
-from unmask.detectors import clip_backbone
+from unmask.detectors import base, clip_backbone
 from unmask.detectors.clip_backbone import BackboneError
 
 LAYOUTS = {"clip": {}, "custom": {"custom_text": True}, "biased": {"text": {"proj_bias": True}, "custom_text": True},
@@ -231,6 +231,51 @@ def test_a_folder_of_half_precision_weights_must_say_which_activation_it_has(tmp
         (tmp_path / CONFIG).write_text(json.dumps({"model_cfg": tiny_clips.config(quick_gelu=quick)}))
         found[quick] = clip_backbone.load(name).fingerprint
     assert found[True] != found[False]
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """The kit's folder of weights, with a CLIP of half-precision weights and short texts as its own."""
+    folder = tmp_path / "weights"
+    monkeypatch.setattr(clip_backbone, "WEIGHTS", folder)
+    tiny_clips.write(folder / "clip-demo", quick_gelu=False, text={"context_length": 48})
+    state = load_file(folder / "clip-demo" / WEIGHTS)
+    save_file({k: v.half() for k, v in state.items()}, folder / "clip-demo" / WEIGHTS)
+    return folder
+
+
+@torch.no_grad()
+def test_the_kits_own_clip_is_known_by_name(kept):
+    backbone, same = clip_backbone.load("clip-demo"), clip_backbone.load(f"local-dir:{kept / 'clip-demo'}")
+    assert (backbone.name, backbone.weights) == ("clip-demo", None) and backbone.fingerprint == same.fingerprint
+    assert torch.equal(backbone.pooled(images()), same.pooled(images()))
+    ids = backbone.token_ids([*TEXTS, "long " * 99])
+    assert ids.shape == (4, 48) == (4, backbone.context_length) and ids[3, -1] == 49407
+    assert ids[1].tolist() == [49406, *open_clip.SimpleTokenizer().encode("fake"), 49407, *[0] * 45]
+    assert torch.equal(backbone.text_features(backbone.embed(ids), ids), backbone.model.encode_text(ids))
+    with pytest.raises(BackboneError, match="clip-demo has weights of its own"):
+        clip_backbone.load("clip-demo", "openai")
+
+
+def test_checkpoints_on_the_kits_own_clip_know_no_folder(tmp_path, kept, monkeypatch):
+    detector = base.build("coop", backbone="clip-demo").eval()
+    out = base.save_checkpoint(detector, tmp_path / "ck")
+    assert str(tmp_path) not in (out / base.CONFIG).read_text()
+    monkeypatch.setattr(clip_backbone, "WEIGHTS", kept.rename(tmp_path / "elsewhere"))
+    loaded, card = base.load_checkpoint(out)
+    assert card["config"]["backbone"] == "clip-demo" and card["config"]["weights"] is None
+    with torch.no_grad():
+        assert torch.equal(loaded(images().unsqueeze(1)), detector(images().unsqueeze(1)))
+
+
+def test_where_the_kits_own_clip_is_absent_it_says_so(kept, tmp_path, monkeypatch):
+    monkeypatch.setattr(clip_backbone, "WEIGHTS", tmp_path / "none")
+    with pytest.raises(BackboneError, match="clip-demo is the kit's own CLIP, and it is not here: there is no folder"):
+        clip_backbone.load("clip-demo")
+    monkeypatch.setattr(clip_backbone, "WEIGHTS", kept)
+    (kept / "clip-demo" / WEIGHTS).unlink()
+    with pytest.raises(BackboneError, match="clip-demo cannot be loaded with weights of its folder"):
+        clip_backbone.load("clip-demo")
 
 
 class Archive(nn.Module):

@@ -1,3 +1,10 @@
 """Every trainable detector, one interface, one registry: see `base`."""
 
-from unmask.detectors import clip_prompts, convnext, embedding, residual, temporal  # noqa: F401  register themselves
+from unmask.detectors import (  # noqa: F401  register themselves
+    clip_lare,
+    clip_prompts,
+    convnext,
+    embedding,
+    residual,
+    temporal,
+)

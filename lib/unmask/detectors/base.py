@@ -39,11 +39,18 @@ class InputSpec:
 
 
 class Detector(nn.Module):
-    """Base of all detectors; subclasses set `name`, `input_spec` and `config` (the arguments that rebuild them)."""
+    """Base of all detectors; subclasses set `name`, `input_spec` and `config` (the arguments that rebuild them).
+
+    extras: what `forward` and `features` take by name besides clips and mask, of "lare", the frames' LaRE maps
+    float[B,T,4,l,l], and "boxes", those of their faces' regions float[B,T,9,4] in pixels of the frames (see `roi`).
+    extra_shapes: theirs for one frame, by name.
+    """
 
     name: str
     input_spec: InputSpec
     config: dict
+    extras: tuple[str, ...] = ()
+    extra_shapes: dict[str, tuple[int, ...]]
 
     def forward(self, clips: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Logits float[B] of "fake" for normalised clips float[B,T,3,H,W]; mask bool[B,T], True = use the frame."""
@@ -82,9 +89,10 @@ def cost(detector: Detector) -> dict[str, int]:
     """
     size, training = detector.input_spec.size, detector.training
     where = next(detector.parameters()).device
+    extras = {name: torch.zeros(1, 1, *detector.extra_shapes[name], device=where) for name in detector.extras}
     try:
         with FlopCounterMode(display=False) as counter:
-            detector.eval()(torch.zeros(1, 1, 3, size, size, device=where))
+            detector.eval()(torch.zeros(1, 1, 3, size, size, device=where), **extras)
     finally:
         detector.train(training)
     return {

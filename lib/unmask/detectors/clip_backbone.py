@@ -19,6 +19,8 @@ from torch import nn
 from unmask.profile import write_atomic
 
 FOLDER = "local-dir:"
+DEMO = "clip-demo"  # the kit's own, by this name wherever the kit lies
+WEIGHTS = Path(__file__).parents[1] / "weights"
 
 
 class BackboneError(ValueError):
@@ -63,7 +65,7 @@ class ClipBackbone(nn.Module):
         """open_clip's tokenizer of this architecture."""
         import open_clip
 
-        return open_clip.get_tokenizer(self.name)
+        return open_clip.get_tokenizer(_source(self.name))
 
     @property
     def scale(self) -> torch.Tensor:
@@ -145,10 +147,10 @@ def load(name: str, weights: str | None = None) -> ClipBackbone:
     """A pretrained CLIP with all its weights.
 
     name: an architecture of open_clip, with `weights` a tag of open_clip (downloaded unless cached) or a file; or
-    `local-dir:PATH`, a folder with open_clip_config.json and weights. Normalisation is that of the tag or folder, and
-    of OpenAI's CLIP for a file. Raises BackboneError where weights are missing or do not fit, where the activation
-    (QuickGELU or GELU) is not the one they were trained with, or where the towers are not a ViT or ModifiedResNet and
-    CLIP's own text transformer.
+    `local-dir:PATH`, a folder with open_clip_config.json and weights; or `clip-demo`, such a folder that comes with the
+    kit. Normalisation is that of the tag or folder, and of OpenAI's CLIP for a file. Raises BackboneError where weights
+    are missing or do not fit, where the activation (QuickGELU or GELU) is not the one they were trained with, or where
+    the towers are not a ViT or ModifiedResNet and CLIP's own text transformer.
     """
     import open_clip
 
@@ -156,7 +158,7 @@ def load(name: str, weights: str | None = None) -> ClipBackbone:
     tag, stated = _checked(name, weights)
     try:
         with torch.random.fork_rng(devices=[]):  # it draws weights that the loaded ones then replace
-            model = open_clip.create_model(name, pretrained=weights, require_pretrained=True)
+            model = open_clip.create_model(_source(name), pretrained=weights, require_pretrained=True)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
         why = " ".join(str(error).split())[:200]  # torch lists every weight that does not fit
         raise BackboneError(f"{name} cannot be loaded with weights {weights or 'of its folder'}: {why}") from error
@@ -179,19 +181,27 @@ def convert_openai(archive: str | Path, out: str | Path) -> Path:
     return write_atomic(out, save({k: v.contiguous() for k, v in state.items() if k not in numbers}))
 
 
+def _source(name: str) -> str:
+    """What open_clip calls a backbone."""
+    return f"{FOLDER}{WEIGHTS / name}" if name == DEMO else name
+
+
 def _checked(name: str, weights: str | None) -> tuple[dict, bool]:
     """What open_clip knows of the tag `weights` ({}: they are a file), and whether the architecture's configuration
     says which activation it has. BackboneError for what open_clip would load all the same, with a warning at most."""
     import open_clip
 
+    source = _source(name)
+    if name == DEMO and not (WEIGHTS / name).is_dir():
+        raise BackboneError(f"{name} is the kit's own CLIP, and it is not here: there is no folder {WEIGHTS / name}.")
     try:
-        config = open_clip.get_model_config(name)
+        config = open_clip.get_model_config(source)
     except (OSError, ValueError) as error:
         raise BackboneError(f"{name} is not a folder of a CLIP: it needs open_clip_config.json and weights.") from error
     if config is None:
         raise BackboneError(f"open_clip has no architecture '{name}'; see open_clip.list_models().")
     stated = "quick_gelu" in config
-    if name.startswith(FOLDER):
+    if source.startswith(FOLDER):
         if weights is not None:
             raise BackboneError(f"{name} has weights of its own; open_clip would not use '{weights}'. Leave it out.")
         return {}, stated

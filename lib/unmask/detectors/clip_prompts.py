@@ -16,8 +16,9 @@ from torch import nn
 from unmask.detectors import clip_backbone
 from unmask.detectors.base import CheckpointError, Detector, InputSpec, masked_mean, register
 from unmask.detectors.clip_backbone import ClipBackbone
+from unmask.detectors.prompts import CLASSES, Prompts
 
-CLASSES, TEMPLATE, POSITIONS = ("real", "fake"), "a {} photo.", ("end", "middle", "front")
+TEMPLATE = "a {} photo."
 PUBLISHED = ("ViT-L-14-quickgelu", "openai")  # what UFD's published head was trained on, as open_clip names it
 
 
@@ -53,7 +54,7 @@ class ClipDetector(Detector):
         return []
 
     def head(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Pooled features of frames float[N,dim] to logits float[N,1]."""
+        """What `frozen` gives, pooled features of frames float[N,dim], to logits float[N,1]."""
         raise NotImplementedError
 
     def state_dict(self, *arguments, **options) -> dict[str, torch.Tensor]:
@@ -63,14 +64,17 @@ class ClipDetector(Detector):
             del state[options.get("prefix", "") + name]
         return state
 
-    def _pooled(self, clips: torch.Tensor) -> torch.Tensor:
-        return self.backbone.pooled(clips.flatten(0, 1))
+    def frozen(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the CLIP makes of normalised frames float[N,3,S,S], by the names of `head`'s arguments: "pooled"
+        float[N,dim]. Unless something is `tuned`, training does not change it, and it may be computed once."""
+        return {"pooled": self.backbone.pooled(images)}
 
     def features(self, clips: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        return masked_mean(self._pooled(clips).unflatten(0, clips.shape[:2]), mask)
+        pooled = self.frozen(clips.flatten(0, 1))["pooled"]
+        return masked_mean(pooled.unflatten(0, clips.shape[:2]), mask)
 
     def forward(self, clips: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        return masked_mean(self.head(self._pooled(clips)).view(clips.shape[:2]), mask)
+        return masked_mean(self.head(**self.frozen(clips.flatten(0, 1))).view(clips.shape[:2]), mask)
 
 
 def _frozen_may_miss(detector: ClipDetector, keys) -> None:
@@ -186,53 +190,6 @@ class LayerNormTuning(ClipDetector):
 
     def head(self, pooled: torch.Tensor) -> torch.Tensor:
         return self.linear(F.normalize(pooled, dim=1))
-
-
-class Prompts(nn.Module):
-    """Learned vectors around the names of the classes (Zhou et al., IJCV 2022, section 3): start, context, name, end.
-
-    context: their number, or words to begin with. position: where the name stands among them. specific: own vectors for
-    every class. ValueError for what does not fit into the text tower.
-    """
-
-    def __init__(self, backbone: ClipBackbone, context: int | str, position: str, specific: bool):
-        super().__init__()
-        if position not in POSITIONS:
-            raise ValueError(f"position must be one of {', '.join(POSITIONS)}, not '{position}'.")
-        ends = backbone.token_ids([context if isinstance(context, str) else "", *CLASSES]).argmax(1) - 1
-        self.length = int(ends[0]) if isinstance(context, str) else context
-        self.names, self.position = [int(n) for n in ends[1:]], position
-        fill = "X " * self.length  # one token each; only the places count
-        ids = backbone.token_ids([f"{fill}{name}." for name in CLASSES])
-        # The tokenizer cuts what is too long without a word.
-        if self.length < 1 or ids.argmax(1).tolist() != [1 + self.length + n + 1 for n in self.names]:
-            raise ValueError(f"context must be at least one vector and fit into {backbone.context_length} tokens.")
-        with torch.no_grad():
-            start = 0.02 * torch.randn(len(CLASSES) if specific else 1, self.length, backbone.text_width)
-            if isinstance(context, str):
-                words = backbone.embed(backbone.token_ids([context]))[:, 1 : 1 + self.length]
-                start = words.expand(len(start), -1, -1).clone()
-            self.register_buffer("fixed", backbone.embed(ids), persistent=False)
-        self.context = nn.Parameter(start)
-        self.register_buffer("ids", ids, persistent=False)
-
-    def _sequence(self, label: int, context: torch.Tensor) -> torch.Tensor:
-        """Context float[N,M,w] to the embedded prompt of one class, float[N,L,w]."""
-        start, name, rest = self.fixed[label].split(
-            [1 + self.length, self.names[label], len(self.ids[label]) - 1 - self.length - self.names[label]]
-        )
-        before = {"end": self.length, "middle": self.length // 2, "front": 0}[self.position]
-        start, name, rest = (part.expand(len(context), -1, -1) for part in (start[:1], name, rest))
-        return torch.cat([start, context[:, :before], name, context[:, before:], rest], 1)
-
-    def forward(self, backbone: ClipBackbone, shift: torch.Tensor | None = None) -> torch.Tensor:
-        """Features of both classes' prompts, float[N,2,dim]; shift: float[N,w] added to every vector, or N = 1."""
-        contexts = self.context.expand(len(CLASSES), -1, -1).unsqueeze(1)
-        if shift is not None:
-            contexts = contexts + shift.unsqueeze(1)
-        embedded = torch.stack([self._sequence(label, contexts[label]) for label in range(len(CLASSES))], 1)
-        found = backbone.text_features(embedded.flatten(0, 1), self.ids.repeat(len(embedded), 1))
-        return found.unflatten(0, (-1, len(CLASSES)))
 
 
 @register("coop")
