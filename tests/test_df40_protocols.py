@@ -115,6 +115,9 @@ def test_reals_of_the_source_stand_in(tmp_path):
     assert row(one, "e4e")[["fakes", "reals", "clips"]].tolist() == [8, 2, 4]
     assert said(notes, "e4e: no reals; those of FaceForensics++ stand in.")
     assert said(notes, "e4e: 4 fakes left out: no reals of their source.")
+    inverted = df40[~df40["path"].str.startswith("test/e4e/cdf")]
+    only, notes = p3(pd.concat([inverted, ffpp, celebdf], ignore_index=True))
+    assert row(only, "e4e")[["fakes", "reals"]].tolist() == [8, 2]  # Celeb-DF's reals are not theirs
     train = pd.concat([df40, ffpp.assign(split="train")], ignore_index=True)
     assert said(p3(train)[1], "e4e: no reals, and none to stand in")
 

@@ -259,9 +259,9 @@ def evaluate_p3(
         frames, items = (pd.concat([tables[kind], tables["image"]]) for kind in ("frame", "video"))
         for name, members in sets.items():
             due = members.together()
-            clip = due.loc[due["clip"] != "", ["item_id", "clip"]] if members.judged_by_clip() else due[:0]
+            clip = due.loc[due["clip"] != "", ["item_id", "clip"]]
             by_frame = _scored(frames[frames["item_id"].isin(due["item_id"])], ["item_id", "frame"])
-            by_clip = _scored(items.merge(clip[["item_id", "clip"]], on="item_id"), ["clip"])
+            by_clip = _scored(items.merge(clip, on="item_id"), ["clip"])
             figures, videos = (_figures(wide, threshold, level, draws) for wide in (by_frame, by_clip))
             scored = _scored(items[items["item_id"].isin(due["item_id"])], ["item_id"])
             rows.append(
