@@ -181,7 +181,8 @@ def main() -> None:
     with own_randomness(SEED):
         scheduler, text = DDPMScheduler(**NOISE), CLIPTextModel(CLIPTextConfig(**TEXT)).eval()
         with torch.no_grad():
-            text.text_model.final_layer_norm.weight.zero_()  # no text says anything
+            for name, value in text.named_parameters():
+                value.mul_("final_layer_norm" not in name)  # no text says anything
             prompt = text(torch.zeros(1, 77, dtype=torch.long))[0]
         made = AutoencoderKL(**VAE), UNet2DConditionModel(**UNET)
         vae = fit(options.folder / "vae.pt", made[0], VAE_LR, VAE_STEPS, lambda m, step: vae_loss(m, images, step))

@@ -165,11 +165,12 @@ def test_key_covers_settings_and_weights_but_not_where_they_lie(folders, setting
     assert lare.Extractor(replace(settings, source=str(moved), revision="x")).key == key
 
 
-def test_named_settings_are_the_published_ones():
+def test_named_settings_are_the_published_ones_and_the_kits_own():
     published = {"sd15-t200-e4-256": (200, 4, 256), "sd21-t280-e8-512": (280, 8, 512)}
-    assert {n: (s.timestep, s.ensemble, s.side) for n, s in lare.SETTINGS.items()} == published
-    for settings in lare.SETTINGS.values():
-        assert len(bytes.fromhex(settings.revision)) == 20, "a commit, not a branch"
+    own = {"demo-t200-e4-128": (200, 4, 128)}
+    assert {n: (s.timestep, s.ensemble, s.side) for n, s in lare.SETTINGS.items()} == published | own
+    for name in published:
+        assert len(bytes.fromhex(lare.SETTINGS[name].revision)) == 20, "a commit, not a branch"
     local = lare.named("sd15-t200-e4-256", "here")
     assert asdict(local) == asdict(lare.SETTINGS["sd15-t200-e4-256"]) | {"source": "here", "revision": ""}
 
@@ -383,3 +384,16 @@ def test_missing_diffusers_is_one_line_and_only_where_it_is_needed(media, tmp_pa
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert 'pip install -c constraints.txt -e ".[lare]"' in result.stderr and not (tmp_path / "maps").exists()
+
+
+def test_crops_can_be_thinned_out_and_the_folder_says_what_its_maps_are(tiny_world, tiny_crops, folders, tmp_path):
+    settings = lare.Settings(str(folders["epsilon"]), "", 200, 1, 64, "a b")
+    manifest = tiny_world / "manifest.parquet"
+    index = lare.extract(manifest, tmp_path / "maps", settings, tiny_crops, most=1)
+    assert (index.groupby("item_id").size() == 1).all()
+    about = lare_maps.read_settings(tmp_path / "maps")
+    assert about["shape"] == [4, 8, 8] and about["settings"] == asdict(settings)
+    assert {about["extractor"]} == set(index["extractor"])
+    (tmp_path / "maps" / lare_maps.SETTINGS).unlink()
+    with pytest.raises(lare.LareError, match="again"):
+        lare_maps.read_settings(tmp_path / "maps")

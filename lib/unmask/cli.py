@@ -10,6 +10,8 @@ from unmask.profile import Profile, ProfileError, load_profile, parse_changes
 # What `unmask train` takes; kept here too, so that the parser needs no PyTorch.
 VARIANTS = ("convnext", "convnext-fusion", "convnext-frequency", "residual")
 HEADS = ("mean", "gru", "transformer")
+CLIPS = ("ufd", "clip-nn", "lntune", "coop", "cocoop", "clip-adapter", "clip-finetune")
+LARE = "clip-lare:"  # and a cell of the fusion matrix, F0 to F5c, alone or followed by -text
 
 
 def _profile(options: argparse.Namespace) -> Profile:
@@ -112,11 +114,17 @@ def train(options: argparse.Namespace) -> int:
         if not options.backbone:
             raise ProfileError(f"{options.detector} is a head over clips: name the detector below it by --backbone.")
         out = train_head(*given, options.backbone, options.features, workers=profile.workers)
+    elif options.detector in CLIPS or options.detector.startswith(LARE):
+        from unmask.clip_training import Faces, train
+
+        features = options.features or Path(options.crops) / "clip-features"
+        faces = Faces(options.manifest, options.crops, features, options.lare)
+        out = train(options.detector, profile, faces, options.out, options.seed)
     else:
         from unmask.training import train_detector
 
         if options.backbone or options.features:
-            raise ProfileError(f"--backbone and --features are for {', '.join(HEADS)}.")
+            raise ProfileError(f"--backbone and --features are for {', '.join((*HEADS, *CLIPS))}.")
         out = train_detector(*given)
     print(f"Checkpoint: {out}")
     return 0
@@ -125,7 +133,8 @@ def train(options: argparse.Namespace) -> int:
 def score(options: argparse.Namespace) -> int:
     from unmask.scoring import score_media
 
-    table = score_media(options.media, options.checkpoint, options.out, options.locator, options.workers or 1)
+    given = options.media, options.checkpoint, options.out, options.locator, options.workers or 1
+    table = score_media(*given, model=options.model)
     print(table.to_string(index=False))
     print(f"{int((table['status'] == 'ok').sum())} of {len(table)} scored: {options.out}")
     return 0
@@ -159,6 +168,14 @@ def _shard(text: str) -> tuple[int, int]:
     if not (number.isdigit() and of.isdigit() and int(number) < int(of)):
         raise argparse.ArgumentTypeError("a shard is I/N with I from 0 to N-1, such as 0/4")
     return int(number), int(of)
+
+
+def _detector(text: str) -> str:
+    if text not in (*VARIANTS, *HEADS, *CLIPS) and not text.startswith(LARE):
+        raise argparse.ArgumentTypeError(
+            f"there is no {text!r}; known are {', '.join((*VARIANTS, *HEADS, *CLIPS))} and {LARE}KIND"
+        )
+    return text
 
 
 def _positive(text: str) -> int:
@@ -231,12 +248,17 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--locator", choices=["yunet", "uniface", "haar"], help="stage 4")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--workers", type=_positive, help="processes")
-    sub = command(train, "Train a detector on real faces and their self-blends.")
-    sub.add_argument("detector", choices=[*VARIANTS, *HEADS])
+    sub = command(train, "Train a detector.")
+    sub.add_argument(
+        "detector", type=_detector, metavar="DETECTOR",
+        help=f"on real faces and their self-blends: {', '.join((*VARIANTS, *HEADS))}; on labelled faces, over a CLIP: "
+        f"{', '.join(CLIPS)} and {LARE}KIND, KIND being F0 to F5c, alone or with -text",
+    )  # fmt: skip
     sub.add_argument(
         "--backbone", metavar="CKPT_DIR", help=f"for {', '.join(HEADS)}: the detector of single frames, which stays"
     )
     sub.add_argument("--features", metavar="DIR", help="where its features are kept (default: beside the crops)")
+    sub.add_argument("--lare", metavar="DIR", help=f"for {LARE}KIND: the folder that `unmask lare --crops` filled")
     sub.add_argument("--manifest", required=True)
     sub.add_argument("--crops", required=True, help="the folder that `unmask preprocess` filled")
     sub.add_argument("--out", required=True, metavar="CKPT_DIR")
@@ -248,10 +270,13 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--locator", choices=["yunet", "uniface", "haar"], help="default: yunet if its weights are here, else haar"
     )
+    sub.add_argument("--model", metavar="DIR", help="for a detector that reads LaRE maps: the diffusion model's folder")
     sub.add_argument("--workers", type=_positive, help="processes")
     sub = command(lare, "Make maps of the latent reconstruction error (LaRE) of a Stable Diffusion.")
     sub.add_argument("manifest", metavar="MANIFEST")
-    sub.add_argument("--settings", required=True, metavar="NAME", help="sd15-t200-e4-256 or sd21-t280-e8-512")
+    sub.add_argument(
+        "--settings", required=True, metavar="NAME", help="sd15-t200-e4-256, sd21-t280-e8-512, demo-t200-e4-128"
+    )
     sub.add_argument("--out", required=True, metavar="DIR", help="where the maps and their index go")
     sub.add_argument("--crops", metavar="DIR", help="of the crops that `unmask preprocess` left, not of whole frames")
     sub.add_argument("--model", metavar="DIR", help="a folder with the diffusion model, instead of the settings' own")

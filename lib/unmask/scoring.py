@@ -3,20 +3,25 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
 import torch
+from torch.utils.data import default_collate
 
 from unmask import sbi
+from unmask.clip_views import FIXED, Views
 from unmask.data.crops import CropStore, read_index
 from unmask.data.faces import LocatorError, find_yunet
 from unmask.data.manifest import COLUMNS, item_id, write_manifest
 from unmask.data.tree import kind_of
 from unmask.detectors import base
 from unmask.evaluation import ScoreError
+from unmask.lare import Settings, extract
 from unmask.preprocessing import preprocess
 from unmask.profile import write_atomic
 from unmask.progress import track
@@ -43,18 +48,30 @@ def windows(count: int, frames: int) -> list[np.ndarray]:
 
 
 @torch.no_grad()
-def _probabilities(detector: base.Detector, clips: np.ndarray) -> np.ndarray:
-    """P(fake) float64[B] of clips uint8[B,T,S,S,3]."""
-    logits = detector(detector.prepare(torch.from_numpy(clips).to(device(detector))))
+def _probabilities(
+    detector: base.Detector, clips: np.ndarray, extras: Mapping[str, torch.Tensor] = MappingProxyType({})
+) -> np.ndarray:
+    """P(fake) float64[B] of clips uint8[B,T,S,S,3]; extras: see `base.Detector`."""
+    where = device(detector)
+    extras = {name: values.to(where) for name, values in extras.items()}
+    logits = detector(detector.prepare(torch.from_numpy(clips).to(where)), **extras)
     return torch.sigmoid(logits.double()).cpu().numpy()
 
 
-def _score_frames(detector: base.Detector, store: CropStore, index: pd.DataFrame, batch: int) -> pd.DataFrame:
+def _score_frames(
+    detector: base.Detector, store: CropStore, index: pd.DataFrame, batch: int, lare: str | os.PathLike | None
+) -> pd.DataFrame:
     """P(fake) of every crop and, with frame -1, of every item (mean over its frames)."""
     probabilities = []
+    views = Views(store, index, detector.input_spec.size, 0, lare) if detector.extras else None
     for start in track(range(0, len(index), batch), label="scoring, batches"):
-        images = frame_images(store, index.iloc[start : start + batch], detector.input_spec)
-        probabilities.append(_probabilities(detector, images[:, None]))
+        rows, extras = range(start, min(start + batch, len(index))), {}
+        if views:  # the same pictures, with what belongs to them
+            samples = default_collate([views[FIXED, i, 0] for i in rows])
+            images, extras = samples["image"].numpy(), {name: samples[name].unsqueeze(1) for name in detector.extras}
+        else:
+            images = frame_images(store, index.iloc[rows], detector.input_spec)
+        probabilities.append(_probabilities(detector, images[:, None], extras))
     frames = index[["item_id", "frame"]].assign(score=np.concatenate(probabilities) if probabilities else np.empty(0))
     clips = frames.groupby("item_id", as_index=False)["score"].mean().assign(frame=-1)
     return pd.concat([frames, clips], ignore_index=True)
@@ -71,14 +88,23 @@ def _score_clips(detector: base.Detector, store: CropStore, index: pd.DataFrame)
     return pd.DataFrame(rows, columns=["item_id", "score"]).astype({"score": float}).assign(frame=-1)
 
 
-def score_crops(detector: base.Detector, store: CropStore, index: pd.DataFrame, batch: int = 64) -> pd.DataFrame:
+def score_crops(
+    detector: base.Detector,
+    store: CropStore,
+    index: pd.DataFrame,
+    batch: int = 64,
+    lare: str | os.PathLike | None = None,
+) -> pd.DataFrame:
     """P(fake) of every item with frame -1, and before that of every crop if the detector judges single frames: columns
-    item_id, frame, score. A detector of clips gives none for single frames."""
+    item_id, frame, score. A detector of clips gives none for single frames.
+
+    lare: folder of the crops' LaRE maps, for a detector that reads them. LareError where one is missing.
+    """
     index = index.sort_values(["item_id", "frame"], ignore_index=True)
     if detector.input_spec.frames > 1:
         scores = _score_clips(detector, store, index)
     else:
-        scores = _score_frames(detector, store, index, batch)
+        scores = _score_frames(detector, store, index, batch, lare)
     return scores[["item_id", "frame", "score"]].astype({"frame": "int32"})
 
 
@@ -142,6 +168,19 @@ def printable(path: Path) -> str:
     return str(path).encode("utf-8", "backslashreplace").decode()
 
 
+def _maps(card: dict, manifest: Path, crops: Path, out: Path, model: str | os.PathLike | None) -> Path:
+    """The LaRE maps of crops, made as those that a checkpoint learned from; their folder."""
+    settings = Settings(**card["lare"]["settings"])
+    if model:
+        settings = replace(settings, source=str(model), revision="")
+    made = set(extract(manifest, out, settings, crops)["extractor"])
+    if made != {card["lare"]["extractor"]}:
+        raise base.CheckpointError(
+            f"The detector learned from LaRE maps of another model than {settings.source}, or another version of it."
+        )
+    return out
+
+
 def score_media(
     media: Iterable[str | os.PathLike],
     checkpoint: str | os.PathLike,
@@ -149,11 +188,14 @@ def score_media(
     locator: str | None = None,
     workers: int = 1,
     deadline: float = 30.0,
+    model: str | os.PathLike | None = None,
 ) -> pd.DataFrame:
     """Score files and folders with a checkpoint; one row per input, failures too, in the order given.
 
     Writes `out` (CSV: path, status ok|failed, score = P(fake), reason, frames, faces, decoder) and beside it a JSON
-    with the score of every frame. Raises CheckpointError for the checkpoint and LocatorError for the locator.
+    with the score of every frame. model: for a detector that reads LaRE maps, the folder of the diffusion model, in
+    place of where its own came from. Raises CheckpointError for the checkpoint, LocatorError for the locator and
+    LareError for the model.
     """
     document_path = Path(out).with_suffix(".json")
     if document_path == Path(out):
@@ -170,7 +212,8 @@ def score_media(
         write_manifest(df, manifest)
         chosen = locator or best_locator()
         items = preprocess(manifest, crops, locator=chosen, workers=workers, deadline=deadline, **card["preprocessing"])
-        scores = score_crops(detector, CropStore(crops), read_index(crops))
+        maps = _maps(card, manifest, crops, Path(folder) / "maps", model) if "lare" in detector.extras else None
+        scores = score_crops(detector, CropStore(crops), read_index(crops), lare=maps)
     table = df[["item_id"]].assign(path=[printable(p) for p in paths]).merge(items, on="item_id", how="left")
     table = table.merge(scores.loc[scores["frame"] == -1, ["item_id", "score"]], on="item_id", how="left")
     report = table[["path", "status", "score", "reason", "frames", "faces", "decoder"]]

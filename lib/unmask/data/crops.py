@@ -252,6 +252,14 @@ def read_items(out: str | os.PathLike) -> pd.DataFrame:
     return _read_table(Path(out) / "items.parquet", ITEMS_SCHEMA)
 
 
+def spread(index: pd.DataFrame, frames: int) -> pd.DataFrame:
+    """Index rows with at most `frames` of every item, in the middles of as many equal parts; by item and frame."""
+    index = index.sort_values(["item_id", "frame"], ignore_index=True)
+    parts = index.groupby("item_id", sort=True).indices.values()
+    middles = [own[((np.arange(n := min(frames, len(own))) + 0.5) * len(own) / n).astype(int)] for own in parts]
+    return index.iloc[np.concatenate(middles)].reset_index(drop=True) if middles else index
+
+
 class CropStore:
     """Random access to the crops of a folder; safe to hand to data-loader workers."""
 

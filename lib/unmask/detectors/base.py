@@ -121,7 +121,8 @@ def names() -> list[str]:
     return sorted(_REGISTRY)
 
 
-def _registered(name: str) -> type[Detector]:
+def registered(name: str) -> type[Detector]:
+    """The class of a detector by name. ValueError for an unknown one."""
     if name not in _REGISTRY:
         raise ValueError(f"There is no detector '{name}'; known are {', '.join(names())}.")
     return _REGISTRY[name]
@@ -129,12 +130,12 @@ def _registered(name: str) -> type[Detector]:
 
 def build(name: str, **config) -> Detector:
     """A new detector by registered name; `config` are its constructor's arguments. ValueError for an unknown name."""
-    return _registered(name)(**config)
+    return registered(name)(**config)
 
 
 def module(name: str) -> ModuleType:
     """The module that defines a registered detector. ValueError for an unknown name."""
-    return sys.modules[_registered(name).__module__]
+    return sys.modules[registered(name).__module__]
 
 
 def save_checkpoint(detector: Detector, folder: str | Path, **card) -> Path:
