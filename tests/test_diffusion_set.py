@@ -1,7 +1,6 @@
 """Twins of real videos: only inside the mask do they differ, by the autoencoder's doing or also by the model's."""
 
 import shutil
-import sys
 from pathlib import Path
 
 import cv2
@@ -304,13 +303,6 @@ def test_what_cannot_be_is_refused_before_anything_is_written(folders, model, tm
     assert not out.exists()
     with pytest.raises(ManifestError, match="no rows"):
         make(source, out, model, splits=("val",), **FAST)
-
-
-def test_missing_diffusers_is_said(model, tmp_path, monkeypatch):
-    source = originals(tmp_path / "a", count=1, frames=2)
-    monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(LareError, match=r'pip install -c constraints.txt -e ".\[lare\]"'):
-        make(source, tmp_path / "out", model, **FAST)
 
 
 def test_videos_of_the_world(tiny_world, model, tmp_path):

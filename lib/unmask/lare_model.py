@@ -92,13 +92,10 @@ def load(settings: Settings, decoder: bool = False) -> SimpleNamespace:
     Of the settings only `source`, `revision` and `prompt` matter. Without `decoder` the VAE has none. LareError if the
     model cannot be loaded, or predicts neither the noise nor the velocity.
     """
-    try:
-        from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-        from transformers import CLIPTextModel, CLIPTokenizer, logging
-    except ImportError as error:
-        raise LareError(
-            'A diffusion model takes diffusers and transformers: pip install -c constraints.txt -e ".[lare]"'
-        ) from error
+    # Imported here: they take seconds, and most of the kit needs neither.
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer, logging
+
     folder, given = fetch(settings), {"local_files_only": True}
     logging.disable_progress_bar()  # it is over in a second, and would stay in logs
     try:
