@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save
 
 from unmask.data.captions import ATTRIBUTES, caption, faces, prompt
-from unmask.profile import ROOT, write_atomic, write_json
+from unmask.profile import ROOT, digest, write_atomic, write_json
 from unmask.progress import track
 from unmask.training import own_randomness, save_state, schedule
 
@@ -33,6 +33,7 @@ CONFIG = {
     "text_cfg": {"context_length": 48, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 3},
 }
 OUT = ROOT / "lib/unmask/weights/clip-demo"
+SETTINGS = digest([SEED, FACES, HELD_OUT, EPOCHS, BATCH, LR, WEIGHT_DECAY, WARMUP, CONFIG])
 
 
 def prepare(images: np.ndarray) -> torch.Tensor:
@@ -65,8 +66,11 @@ def zero_shot(model, tokenize, images: np.ndarray, values: np.ndarray) -> dict[s
     return found
 
 
-def train(folder: Path, images: np.ndarray, values: np.ndarray) -> tuple[dict, list[dict]]:
-    """The weights of the best epoch and the history; goes on where an interrupted training stopped."""
+def train(folder: Path, images: np.ndarray, values: np.ndarray) -> tuple[dict, list[dict], dict]:
+    """The weights of the best epoch in half precision, the history, and `zero_shot` of these weights.
+
+    Goes on where an interrupted training stopped.
+    """
     model = open_clip.CLIP(**CONFIG)
     tokenize = open_clip.SimpleTokenizer(context_length=CONFIG["text_cfg"]["context_length"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.98))
@@ -74,7 +78,7 @@ def train(folder: Path, images: np.ndarray, values: np.ndarray) -> tuple[dict, l
     steps = len(learned) // BATCH
     rate = partial(schedule, steps=EPOCHS * steps, warmup=WARMUP)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    parts, path = {"model": model, "optimizer": optimizer, "scheduler": scheduler}, folder / "state.pt"
+    parts, path = {"model": model, "optimizer": optimizer, "scheduler": scheduler}, folder / f"state-{SETTINGS}.pt"
     history, best = [], {}
     if path.exists():
         state = torch.load(path, weights_only=True)
@@ -106,10 +110,10 @@ def train(folder: Path, images: np.ndarray, values: np.ndarray) -> tuple[dict, l
         if history[-1]["val_loss"] == min(one["val_loss"] for one in history):
             best = {name: value.clone() for name, value in model.state_dict().items()}
         save_state(path, {name: part.state_dict() for name, part in parts.items()} | {"history": history, "best": best})
-    model.load_state_dict(best)
+    half = {name: value.half() if value.is_floating_point() else value for name, value in best.items()}
+    model.load_state_dict(half)
     model.eval()
-    history[-1]["zero_shot"] = zero_shot(model, tokenize, images[:HELD_OUT], values[:HELD_OUT])
-    return best, history
+    return half, history, zero_shot(model, tokenize, images[:HELD_OUT], values[:HELD_OUT])
 
 
 def jittered(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -126,19 +130,16 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes that draw faces")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    images, values = faces(
-        options.folder / "faces.npz", SEED, FACES, options.workers, size=CONFIG["vision_cfg"]["image_size"]
-    )
+    images, values = faces(options.folder, SEED, FACES, options.workers, size=CONFIG["vision_cfg"]["image_size"])
     with own_randomness(SEED):
-        best, history = train(options.folder, images, values)
-    half = {name: value.half() if value.is_floating_point() else value for name, value in best.items()}
+        half, history, accuracies = train(options.folder, images, values)
     OUT.mkdir(parents=True, exist_ok=True)
     write_atomic(OUT / "open_clip_model.safetensors", save(half))
     norm = {"mean": list(open_clip.OPENAI_DATASET_MEAN), "std": list(open_clip.OPENAI_DATASET_STD)}
     write_json(OUT / "open_clip_config.json", {"model_cfg": CONFIG, "preprocess_cfg": norm})
     about = {"trained_on": f"captioned faces of the synthetic world, seed {SEED}, all filmed", "history": history}
-    write_json(OUT / "card.json", about)
-    print(json.dumps(history[-1], indent=1))
+    write_json(OUT / "card.json", about | {"zero_shot": accuracies})
+    print(json.dumps(accuracies, indent=1))
 
 
 if __name__ == "__main__":

@@ -23,16 +23,17 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from unmask.data.captions import faces
-from unmask.profile import ROOT, write_atomic, write_json
+from unmask.profile import ROOT, digest, write_atomic, write_json
 from unmask.progress import track
 from unmask.training import own_randomness, precision, save_state, schedule
 
 SEED = 770023
 FACES, HELD_OUT = 4000, 200
 SHAPE = {"size": 128, "film": 256, "margin": 0.6}  # pixels; the margin is that of stored crops, give or take
-AVERAGE, WARMUP, CLIP = 0.999, 0.05, 1.0
-VAE_STEPS, VAE_BATCH, VAE_LR, PART, KL = 1800, 24, 1e-3, 64, 1e-6  # PART: pixels of the squares it learns from
-UNET_STEPS, UNET_BATCH, UNET_LR = 3000, 32, 4e-4
+AVERAGE, WARMUP, CLIP = 0.99, 0.05, 1.0
+VAE_STEPS, VAE_BATCH, VAE_LR, PART = 4000, 16, 1e-3, 64  # PART: pixels of the squares it learns from
+EDGES, KL = 0.5, 1e-6  # weights beside the error of values
+UNET_STEPS, UNET_BATCH, UNET_LR = 3500, 32, 4e-4
 VAE = {
     "down_block_types": ["DownEncoderBlock2D"] * 4,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
@@ -68,6 +69,8 @@ TEXT = {
 }
 NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
 OUT = ROOT / "lib/unmask/weights/diffusion-demo"
+VAE_SETTINGS = digest([SEED, FACES, SHAPE, VAE, VAE_STEPS, VAE_BATCH, VAE_LR, PART, EDGES, KL])
+UNET_SETTINGS = digest([VAE_SETTINGS, UNET, NOISE, UNET_STEPS, UNET_BATCH, UNET_LR])
 
 
 def fit(
@@ -116,7 +119,7 @@ def vae_loss(model: AutoencoderKL, images: np.ndarray, step: int) -> torch.Tenso
     posterior = model.encode(part).latent_dist
     found = model.decode(posterior.sample()).sample.float()
     edges = sum(F.l1_loss(found.diff(dim=axis), part.diff(dim=axis)) for axis in (2, 3))
-    return F.l1_loss(found, part) + edges + KL * posterior.kl().mean()
+    return F.l1_loss(found, part) + EDGES * edges + KL * posterior.kl().mean()
 
 
 @torch.no_grad()
@@ -177,7 +180,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes that draw faces")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    images, _ = faces(options.folder / "faces.npz", SEED, FACES, options.workers, **SHAPE)
+    images, _ = faces(options.folder, SEED, FACES, options.workers, **SHAPE)
     with own_randomness(SEED):
         scheduler, text = DDPMScheduler(**NOISE), CLIPTextModel(CLIPTextConfig(**TEXT)).eval()
         with torch.no_grad():
@@ -185,12 +188,18 @@ def main() -> None:
                 value.mul_("final_layer_norm" not in name)  # no text says anything
             prompt = text(torch.zeros(1, 77, dtype=torch.long))[0]
         made = AutoencoderKL(**VAE), UNet2DConditionModel(**UNET)
-        vae = fit(options.folder / "vae.pt", made[0], VAE_LR, VAE_STEPS, lambda m, step: vae_loss(m, images, step))
+        vae = fit(
+            options.folder / f"vae-{VAE_SETTINGS}.pt",
+            made[0],
+            VAE_LR,
+            VAE_STEPS,
+            lambda m, step: vae_loss(m, images, step),
+        )
         known = latents(vae, images[HELD_OUT:])
         vae.register_to_config(scaling_factor=float(1 / known.std()))
         known *= vae.config.scaling_factor
         unet = fit(
-            options.folder / "unet.pt", made[1], UNET_LR, UNET_STEPS,
+            options.folder / f"unet-{UNET_SETTINGS}.pt", made[1], UNET_LR, UNET_STEPS,
             lambda m, step: unet_loss(m, scheduler, known, prompt, np.random.default_rng([SEED, 1, step])),
         )  # fmt: skip
     about = {"trained_on": f"faces of the synthetic world, seed {SEED}, all filmed"}

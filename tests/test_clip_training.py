@@ -10,7 +10,7 @@ import torch
 from conftest import tiny_profile
 from test_lare import diffusion
 
-from unmask import clip_training, lare, views
+from unmask import cli, clip_training, lare, views
 from unmask.clip_scoring import score
 from unmask.clip_training import Faces, FrozenInputs, build, cached, labelled, train, train_all
 from unmask.data.crops import CropStore, read_index, spread
@@ -186,3 +186,17 @@ def test_frames_are_spread_evenly():
     found = spread(index.sample(frac=1, random_state=0), 4)
     assert found.groupby("item_id")["frame"].apply(list).to_dict() == {"a": [1, 3, 5, 7], "b": [0, 1, 2], "c": [0]}
     assert spread(index, 1).groupby("item_id")["frame"].apply(list).to_dict() == {"a": [4], "b": [1], "c": [0]}
+
+
+@pytest.mark.parametrize("name, more", [("ufd", ()), ("clip-lare:F2c", ("--lare",))])
+def test_command(name, more, profile, faces, tmp_path, capsys):
+    arguments = ["train", name, "--profile", "tiny", "--manifest", str(faces.manifest), "--crops", str(faces.crops)]
+    arguments += ["--set", f"clip.backbone={profile.clip.backbone}", "--features", str(faces.features)]
+    arguments += [*more, *([str(faces.lare)] if more else []), "--out", str(tmp_path / "out")]
+    assert cli.main(arguments) == 0
+    assert base.load_checkpoint(tmp_path / "out")[0].name == name
+    assert cli.main([*arguments[:1], "clip-lare:F4s", *arguments[2:]]) == 2
+    assert "F4c" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["train", "uf", *arguments[2:]])
+    assert "clip-lare:KIND" in capsys.readouterr().err

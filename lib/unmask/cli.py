@@ -108,13 +108,18 @@ def unsupervised(options: argparse.Namespace) -> int:
 def train(options: argparse.Namespace) -> int:
     profile = _profile(options)
     given = options.detector, profile, options.manifest, options.crops, options.out, options.seed
+    fused = options.detector.startswith(LARE)
+    if options.backbone and options.detector not in HEADS:
+        raise ProfileError(f"--backbone is for {', '.join(HEADS)}; a CLIP is chosen by --set clip.backbone=NAME.")
+    if options.lare and not fused:
+        raise ProfileError(f"--lare is for {LARE}KIND.")
     if options.detector in HEADS:
         from unmask.temporal import train_head
 
         if not options.backbone:
             raise ProfileError(f"{options.detector} is a head over clips: name the detector below it by --backbone.")
         out = train_head(*given, options.backbone, options.features, workers=profile.workers)
-    elif options.detector in CLIPS or options.detector.startswith(LARE):
+    elif options.detector in CLIPS or fused:
         from unmask.clip_training import Faces, train
 
         features = options.features or Path(options.crops) / "clip-features"
@@ -123,8 +128,8 @@ def train(options: argparse.Namespace) -> int:
     else:
         from unmask.training import train_detector
 
-        if options.backbone or options.features:
-            raise ProfileError(f"--backbone and --features are for {', '.join((*HEADS, *CLIPS))}.")
+        if options.features:
+            raise ProfileError(f"--features is for {', '.join((*HEADS, *CLIPS))} and {LARE}KIND.")
         out = train_detector(*given)
     print(f"Checkpoint: {out}")
     return 0

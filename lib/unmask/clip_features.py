@@ -7,6 +7,7 @@ row per crop.
 
 import os
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,14 +49,15 @@ def of_crops(
     versions: int,
     lare: str | os.PathLike | None = None,
     maps: bool = False,
+    names: Collection[str] | None = None,
     batch: int = 64,
 ) -> Cached:
     """Features of views of index rows (`clip_views.Views`), cached in the folder `out`; rows by item and frame.
 
     versions: augmented views of every crop, V of them; 0: the one view of evaluation, V = 1, whatever the seed. lare:
-    folder of the crops' LaRE maps, which are cut along. maps: keep the backbone's maps too; they are large, and all
-    that is kept is read into memory. batch: pictures at a time, which changes nothing beyond rounding. It runs on the
-    GPU if there is one, else on one thread. Stopped at any point, the same call goes on from its last shard. Raises
+    folder of the crops' LaRE maps, which are cut along. maps: keep the backbone's maps too; they are large. names: of
+    the tensors that are read, all if None. batch: pictures at a time, which changes nothing beyond rounding. It runs on
+    the GPU if there is one, else on one thread. Stopped at any point, the same call goes on from its last shard. Raises
     LareError, CropError, and ValueError if there are no rows.
     """
     if rows.empty:
@@ -75,7 +77,7 @@ def of_crops(
         shards.fill(folder, list(enumerate(parts)), make, lambda: index, 0, "CLIP features, shards")
     finally:
         backbone.to(before)
-    index, arrays = shards.read(folder)
+    index, arrays = shards.read(folder, names)
     return Cached(index, {key: torch.from_numpy(values) for key, values in arrays.items()}, name)
 
 

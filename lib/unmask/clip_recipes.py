@@ -18,9 +18,9 @@ PATIENCE, LOWEST = 5, 1e-6  # of "plateau": epochs without a better validation l
 class Recipe:
     """How one detector is trained.
 
-    optimizer: "adamw" or "sgd" (momentum 0.9). batch: half of it reals. warmup: epochs at WARMUP_LR. decay: "cosine" to
-    zero over the epochs, or "plateau": a tenth of the rate after PATIENCE epochs without a better validation loss,
-    until below LOWEST.
+    optimizer: "adamw" or "sgd" (momentum 0.9). batch: half of it reals. warmup: epochs at WARMUP_LR. decay: "cosine"
+    towards zero, or "plateau": a tenth of the rate after PATIENCE epochs without a better validation loss, until below
+    LOWEST.
     """
 
     optimizer: str
@@ -37,13 +37,19 @@ RECIPES: dict[str, dict[str, Recipe]] = {
     "published": {
         "ufd": Recipe("adamw", 1e-4, 0.0, 256, 100, decay="plateau"),  # Ojha et al.'s code
         "coop": Recipe(**_COOP, batch=32, epochs=50),  # Zhou et al., IJCV 2022, and its code
-        "cocoop": Recipe(**_COOP, batch=1, epochs=10),  # Zhou et al., CVPR 2022, and its code
-        # CLIPping (Khan and Dang-Nguyen, ICMR 2024), its code: fine-tuning ends with the one epoch of warm-up.
-        "clip-adapter": Recipe(**_COOP, batch=16, epochs=2),
+        "cocoop": Recipe(**_COOP, batch=2, epochs=10),  # Zhou et al., CVPR 2022, and its code, one picture at a time
+        "clip-adapter": Recipe(**_COOP, batch=16, epochs=2),  # CLIPping, see below
         "clip-finetune": Recipe(**_COOP, batch=16, epochs=1),
         # GenD (Yermakov et al., 2025), the defaults of its code; they train for one epoch of all FF++ frames.
         "lntune": Recipe("adamw", 3e-4, 0.0, 512, 1),
         "clip-lare": Recipe(**_COOP, batch=64, epochs=2),  # CLaRE's code
+    },
+    # Khan and Dang-Nguyen, ICMR 2024, and its code: fine-tuning ends with the one epoch of warm-up.
+    "clipping": {
+        "ufd": Recipe("sgd", 3e-3, 5e-4, 16, 2, warmup=1),
+        "coop": Recipe(**_COOP, batch=16, epochs=2),  # with clip.position=front
+        "clip-adapter": Recipe(**_COOP, batch=16, epochs=2),
+        "clip-finetune": Recipe(**_COOP, batch=16, epochs=1),
     },
     "small": {
         "ufd": Recipe("adamw", 3e-3, 1e-4, 32, 10),
@@ -82,7 +88,8 @@ def rate(recipe: Recipe, losses: Sequence[float]) -> float:
     if epoch < recipe.warmup:
         return WARMUP_LR
     if recipe.decay == "cosine":
-        return 0.5 * recipe.lr * (1 + math.cos(math.pi * epoch / recipe.epochs))
+        # CoOp's scheduler counts from the end of the warm-up, but over all epochs.
+        return 0.5 * recipe.lr * (1 + math.cos(math.pi * (epoch - recipe.warmup) / recipe.epochs))
     found, best, waited = recipe.lr, math.inf, 0
     for loss in losses:
         best, waited = (loss, 0) if loss < best else (best, waited + 1)

@@ -27,6 +27,8 @@ def score(checkpoint: str | os.PathLike, faces: Faces, rows: pd.DataFrame, varia
     detector, card = base.load_checkpoint(checkpoint)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     detector.to(device)
+    if "lare" in detector.extras:
+        lare.lare_maps.require(faces.lare, detector.config["lare"])
     rows = rows.sort_values(["item_id", "frame"], ignore_index=True)
     if detector.tuned():
         inputs = LiveInputs(Views(CropStore(faces.crops), rows, detector.input_spec.size, 0), device)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 
-from unmask import clip_features, clip_recipes, clip_views, lare_maps
+from unmask import clip_features, clip_recipes, clip_views, hulls, lare_maps, pairs, sbi, views
 from unmask.clip_features import Cached
 from unmask.clip_recipes import Recipe
 from unmask.data.crops import CropStore, read_index, spread
@@ -31,7 +31,10 @@ from unmask.progress import track
 from unmask.training import DIVERGED, STATE, own_randomness, precision, save_state
 from unmask.views import balanced_plan
 
-SOURCES = (clip_features, clip_recipes, clip_views, clip_backbone, clip_prompts, clip_lare, prompts, fusion, egre, roi)
+SOURCES = (
+    clip_features, clip_recipes, clip_views, clip_backbone, clip_prompts, clip_lare, prompts, fusion, egre, roi,
+    views, pairs, sbi, hulls, lare_maps,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ def labelled(faces: Faces, split: str, frames: int) -> pd.DataFrame:
 def build(name: str, profile: Profile, lare: str | os.PathLike | None = None) -> ClipDetector:
     """A new detector on the profile's CLIP; lare: the folder of the LaRE maps, for those of "clip-lare:..." that read
     maps. Raises TrainingError where they are not given, and for what cannot be built."""
-    config = {"backbone": profile.clip.backbone, "weights": profile.clip.weights or None}
+    keys = profile.clip
+    config = {"backbone": keys.backbone, "weights": keys.weights or None} | _options(name, keys)
     try:
         if "lare" in base.registered(name).extras:
             if lare is None:
@@ -70,6 +74,18 @@ def build(name: str, profile: Profile, lare: str | os.PathLike | None = None) ->
         raise TrainingError(f"{name} cannot be built from the profile's `clip` keys: {error}") from error
 
 
+def _options(name: str, keys: Mapping) -> dict:
+    """What the profile says of a detector beyond its CLIP."""
+    context = keys.words or keys.context
+    if name == "coop":
+        return {"context": context, "position": keys.position, "specific": keys.specific}
+    if name == "cocoop":
+        return {"context": keys.words} if keys.words else {}
+    if name.endswith("-text"):
+        return {"context": context}
+    return {"k": keys.neighbours} if name == "clip-nn" else {}
+
+
 def inputs_of(detector: ClipDetector) -> list[str]:
     """The names of what its head reads of `Cached.tensors`."""
     if not isinstance(detector, clip_lare.ClipLare):
@@ -78,11 +94,9 @@ def inputs_of(detector: ClipDetector) -> list[str]:
 
 
 def cached(detector: ClipDetector, faces: Faces, rows: pd.DataFrame, versions: int, seed: int) -> Cached:
-    """Frozen features of the views of rows, one cache for all detectors: where there are LaRE maps, with all inputs."""
-    maps = faces.lare is not None
-    return clip_features.of_crops(
-        detector.backbone, faces.crops, rows, faces.features, seed, versions, lare=faces.lare, maps=maps
-    )
+    """What a detector reads of the views of rows; one cache for all: with all inputs where there are LaRE maps."""
+    given = {"lare": faces.lare, "maps": faces.lare is not None, "names": inputs_of(detector)}
+    return clip_features.of_crops(detector.backbone, faces.crops, rows, faces.features, seed, versions, **given)
 
 
 class FrozenInputs:
@@ -107,7 +121,9 @@ class LiveInputs:
     def logits(self, detector: ClipDetector, samples: list[tuple[int, int, int]]) -> torch.Tensor:
         """Logits float[B] of samples (epoch, row, copy)."""
         images = torch.stack([self.views[sample]["image"] for sample in samples]).to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision() == "bf16"):
+        # Judged in float32, as everywhere.
+        half = torch.is_grad_enabled() and precision() == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             pooled = detector.frozen(detector.prepare(images))["pooled"]
         return detector.head(pooled.float()).squeeze(1)
 
@@ -126,7 +142,8 @@ def train(name: str, profile: Profile, faces: Faces, out: str | os.PathLike, see
         recipe = None if name == "clip-nn" else _recipe(keys, name)
         used = [fingerprint(part) for part in rows.values()] + [part["label"].tolist() for part in rows.values()]
         source = source_hash(*SOURCES, base, sys.modules[__name__])
-        about = {"recipe": recipe and asdict(recipe), "versions": keys.versions, "frames": keys.frames}
+        about = {"recipe": recipe and asdict(recipe), "frames": keys.frames}
+        about |= {} if detector.tuned() else {"versions": keys.versions}
         key = digest([name, detector.config, about, seed, used, _maps_of(detector, faces), source])
         if finished(out, key):
             return out
@@ -155,7 +172,7 @@ def _recipe(keys, name: str) -> Recipe:
 
 
 def _maps_of(detector: ClipDetector, faces: Faces) -> Mapping | None:
-    """The settings of the LaRE maps that a detector reads."""
+    """What the LaRE maps that a detector reads were made with."""
     return lare_maps.read_settings(faces.lare) if "lare" in detector.extras else None
 
 
@@ -184,6 +201,8 @@ def _fit(detector, recipe: Recipe, inputs: dict, rows: dict, out: Path, key: str
             break
         for group in optimizer.param_groups:
             group["lr"] = rate
+        # Seeded by epoch, so that a resumed run draws the same dropout.
+        torch.manual_seed(int(digest([seed, epoch]), 16))
         detector.train()
         losses = []
         for samples in balanced_plan(items, labels["train"], recipe.batch, len(items), seed, epoch):

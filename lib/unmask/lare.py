@@ -123,7 +123,7 @@ def extract(
     for part in track(parts := list(_dealt(missing)), len(parts), "LaRE, shards"):
         lare_maps.write_shard(out, extractor.key, *_shard(extractor, part, batch))
     done = lare_maps.kept(out, extractor.key)
-    lare_maps.write_settings(out, extractor.key, asdict(settings))
+    lare_maps.write_settings(out, extractor.key, extractor.precision, asdict(settings))
     index = lare_maps.write_index(out, [row for unit in units for row in done[unit.item_id, unit.source]])
     for path in lare_maps.others(out, extractor.key):
         path.unlink()

@@ -87,9 +87,19 @@ def write_index(folder: Path, rows: Sequence[dict]) -> pd.DataFrame:
     return table
 
 
-def write_settings(folder: Path, extractor: str, settings: dict) -> None:
-    """Write what the maps of a folder were made with: the extractor's key and its settings."""
-    write_json(folder / SETTINGS, {"extractor": extractor, "settings": settings})
+def write_settings(folder: Path, extractor: str, precision: str, settings: dict) -> None:
+    """Write what the maps of a folder were made with: the extractor's key, its precision and its settings."""
+    write_json(folder / SETTINGS, {"extractor": extractor, "precision": precision, "settings": settings})
+
+
+def require(folder: str | os.PathLike | None, extractor: str) -> None:
+    """LareError unless a folder is given whose maps this extractor made."""
+    if folder is None:
+        raise LareError("This detector reads LaRE maps: make them by `unmask lare --crops` and give their folder.")
+    if (made := read_settings(folder)["extractor"]) != extractor:
+        raise LareError(
+            f"The maps in {folder} are of extractor {made}; the detector learned from those of {extractor}."
+        )
 
 
 def read_settings(folder: str | os.PathLike) -> dict:

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch.utils.data import default_collate
 
-from unmask import sbi
+from unmask import lare_maps, sbi
 from unmask.clip_views import FIXED, Views
 from unmask.data.crops import CropStore, read_index
 from unmask.data.faces import LocatorError, find_yunet
@@ -101,6 +101,8 @@ def score_crops(
     lare: folder of the crops' LaRE maps, for a detector that reads them. LareError where one is missing.
     """
     index = index.sort_values(["item_id", "frame"], ignore_index=True)
+    if "lare" in detector.extras:
+        lare_maps.require(lare, detector.config["lare"])
     if detector.input_spec.frames > 1:
         scores = _score_clips(detector, store, index)
     else:
@@ -168,17 +170,17 @@ def printable(path: Path) -> str:
     return str(path).encode("utf-8", "backslashreplace").decode()
 
 
-def _maps(card: dict, manifest: Path, crops: Path, out: Path, model: str | os.PathLike | None) -> Path:
-    """The LaRE maps of crops, made as those that a checkpoint learned from; their folder."""
+def _maps(card: dict, manifest: Path, crops: Path, out: Path, model: str | os.PathLike | None) -> pd.DataFrame:
+    """Make LaRE maps of crops as those that a checkpoint learned from, in the folder `out`; returns their index."""
     settings = Settings(**card["lare"]["settings"])
     if model:
         settings = replace(settings, source=str(model), revision="")
-    made = set(extract(manifest, out, settings, crops)["extractor"])
-    if made != {card["lare"]["extractor"]}:
+    index = extract(manifest, out, settings, crops)
+    if set(index["extractor"]) != {card["lare"]["extractor"]}:
         raise base.CheckpointError(
             f"The detector learned from LaRE maps of another model than {settings.source}, or another version of it."
         )
-    return out
+    return index
 
 
 def score_media(
@@ -212,8 +214,13 @@ def score_media(
         write_manifest(df, manifest)
         chosen = locator or best_locator()
         items = preprocess(manifest, crops, locator=chosen, workers=workers, deadline=deadline, **card["preprocessing"])
-        maps = _maps(card, manifest, crops, Path(folder) / "maps", model) if "lare" in detector.extras else None
-        scores = score_crops(detector, CropStore(crops), read_index(crops), lare=maps)
+        index, maps = read_index(crops), None
+        if "lare" in detector.extras:
+            made = _maps(card, manifest, crops, maps := Path(folder) / "maps", model)
+            index = index.merge(made.loc[made["status"] == "ok", ["item_id", "frame"]])
+        scores = score_crops(detector, CropStore(crops), index, lare=maps)
+    unmapped = (items["status"] == "ok") & ~items["item_id"].isin(scores["item_id"])
+    items.loc[unmapped, ["status", "reason"]] = "failed", "no LaRE map is finite"
     table = df[["item_id"]].assign(path=[printable(p) for p in paths]).merge(items, on="item_id", how="left")
     table = table.merge(scores.loc[scores["frame"] == -1, ["item_id", "score"]], on="item_id", how="left")
     report = table[["path", "status", "score", "reason", "frames", "faces", "decoder"]]

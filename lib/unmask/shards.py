@@ -6,7 +6,7 @@ in order. `index.parquet` is written last: a folder with an index is whole.
 
 import contextlib
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 import pyarrow
 import torch
-from safetensors.numpy import load_file, save
+from safetensors import safe_open
+from safetensors.numpy import save
 
 from unmask.profile import write_atomic
 from unmask.progress import track
@@ -32,13 +33,15 @@ def write(folder: Path, number: int, arrays: dict[str, np.ndarray]) -> None:
     write_atomic(_path(folder, number), save({key: np.ascontiguousarray(value) for key, value in arrays.items()}))
 
 
-def read(folder: Path) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    """The index of a whole folder and its arrays, all shards together; of no shard, no arrays."""
+def read(folder: Path, names: Collection[str] | None = None) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    """The index of a whole folder and its arrays (those of `names` alone, if given), all shards together; of no shard,
+    no arrays."""
     rows = pd.read_parquet(folder / INDEX)
     arrays: dict[str, np.ndarray] = {}
     start = 0
     for path in sorted(folder.glob("*.safetensors")):  # one at a time: all of them beside the result fill the memory
-        part = load_file(path)
+        with safe_open(path, "numpy") as file:
+            part = {key: file.get_tensor(key) for key in file.keys() if names is None or key in names}  # noqa: SIM118
         stop = start + max(map(len, part.values()))
         for key, values in part.items():
             if key not in arrays:

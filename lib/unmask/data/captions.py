@@ -13,7 +13,7 @@ from joblib import Parallel, delayed
 
 from unmask import hulls
 from unmask.data import cameras, scenes, subjects
-from unmask.profile import write_atomic
+from unmask.profile import digest, write_atomic
 from unmask.progress import track
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
@@ -79,9 +79,10 @@ def face(
     return _compress(crop, rng), attributes(subject, take.poses[0], model)
 
 
-def faces(path: Path, seed: int, count: int, workers: int, **shape) -> tuple[np.ndarray, np.ndarray]:
-    """The first `count` faces of a seed, made once and kept in `path` (npz): pictures uint8[N,S,S,3] and values
+def faces(folder: Path, seed: int, count: int, workers: int, **shape) -> tuple[np.ndarray, np.ndarray]:
+    """The first `count` faces of a seed, made once and kept in `folder`: pictures uint8[N,S,S,3] and values
     int64[N, attributes]. shape: `size` and what else `face` takes."""
+    path = folder / f"faces-{digest([seed, count, shape])}.npz"
     if not path.exists():
         tasks = (delayed(_numbered)(seed, number, shape) for number in range(count))
         made = list(track(Parallel(workers, return_as="generator")(tasks), count, "faces"))
