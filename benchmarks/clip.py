@@ -5,13 +5,11 @@
 On a GPU if there is one (wall-clock time), else on one thread (processor time); pictures are smooth colours.
 """
 
-import argparse
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -19,7 +17,7 @@ import numpy as np  # noqa: E402
 import open_clip  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from sections import processor, write_section  # noqa: E402
+from sections import processor, run  # noqa: E402
 
 from unmask import lare  # noqa: E402
 from unmask.detectors import base, clip_backbone  # noqa: E402
@@ -159,17 +157,6 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="Markdown file whose section is replaced")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    section = table()
-    print(section)
-    if arguments.out:
-        write_section(arguments.out, section)
-
-
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    run(__doc__, table)

@@ -11,13 +11,11 @@ softening and the final crop are shared.
 Beside it: the batched torch version, and how many samples a second the loader makes and the demo's ConvNeXt takes.
 """
 
-import argparse
 import os
 import platform
 import statistics
 import tempfile
 import time
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -27,7 +25,7 @@ import pandas as pd  # noqa: E402
 import scipy  # noqa: E402
 import torch  # noqa: E402
 from scipy import ndimage  # noqa: E402
-from sections import processor, write_section  # noqa: E402
+from sections import processor, run  # noqa: E402
 from torch.nn.functional import binary_cross_entropy_with_logits  # noqa: E402
 
 from unmask import hulls, sbi, sbi_torch  # noqa: E402
@@ -264,18 +262,7 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="Markdown file whose section is replaced")
-    arguments = parser.parse_args()
+if __name__ == "__main__":
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
-    section = table()
-    print(section)
-    if arguments.out:
-        write_section(arguments.out, section)
-
-
-if __name__ == "__main__":
-    main()
+    run(__doc__, table)

@@ -5,19 +5,17 @@
 Both train the same GRU on the same clips, drawn faces in uint8; only where the features come from differs.
 """
 
-import argparse
 import os
 import platform
 import statistics
 import time
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from sections import processor, write_section  # noqa: E402
+from sections import processor, run  # noqa: E402
 
 from unmask.detectors import base  # noqa: E402
 from unmask.detectors.temporal import frame_outputs  # noqa: E402
@@ -112,17 +110,6 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="Markdown file whose section is replaced")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    section = table()
-    print(section)
-    if arguments.out:
-        write_section(arguments.out, section)
-
-
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    run(__doc__, table)

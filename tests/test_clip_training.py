@@ -74,8 +74,12 @@ def test_a_finished_training_is_not_done_again_unless_something_changed(profile,
     assert not same(first, weights(train("ufd", profile, faces, tmp_path / "out", 1)))
 
 
-@pytest.mark.parametrize("name", ["ufd", "lntune"])
+@pytest.mark.parametrize("name", ["ufd", "lntune", "clip-lare:F3c"])
 def test_killed_and_resumed_equals_uninterrupted(name, profile, faces, tmp_path, monkeypatch):
+    losses = {}  # falling, so that the weights of the last epoch are kept
+    monkeypatch.setattr(
+        clip_training, "_validate", lambda *given: {"val_loss": losses.setdefault(len(losses), -len(losses))}
+    )
     whole = weights(train(name, profile, faces, tmp_path / "whole", 0))
     keep = clip_training.save_state
 
@@ -156,6 +160,38 @@ def test_a_detector_of_maps_scores_media_with_maps_made_alike(profile, faces, ti
         score_media(media, out, tmp_path / "other.csv", locator="haar", model=other)
 
 
+def test_maps_of_another_extractor_are_refused(profile, faces, model, tmp_path):
+    out = train("clip-lare:F2c", profile, faces, tmp_path / "out", 0)
+    settings = lare.Settings(str(model), "", 900, 1, 64, "a b")
+    lare.extract(faces.manifest, tmp_path / "lare", settings, faces.crops)
+    rows = read_index(faces.crops).head(2)
+    for folder, said in ((tmp_path / "lare", "learned from maps"), (None, "unmask lare --crops")):
+        with pytest.raises(lare.LareError, match=said):
+            score(out, replace(faces, lare=folder), rows)
+        with pytest.raises(lare.LareError, match=said):
+            score_crops(base.load_checkpoint(out)[0], CropStore(faces.crops), rows, lare=folder)
+
+
+def test_a_medium_without_a_finite_map_is_a_failure_and_not_the_end(profile, faces, tiny_world, tmp_path, monkeypatch):
+    out = train("clip-lare:F2c", profile, faces, tmp_path / "out", 0)
+    media = sorted((tiny_world / "world-a" / "videos").glob("*.mp4"))[:4]
+    plain = score_media(media, out, tmp_path / "plain.csv", locator="haar")
+    maps, bad = lare.Extractor.maps, []
+
+    def spoil(self, pictures, batch):
+        found = maps(self, pictures, batch)
+        bad.append(len(found))
+        found[:1] = np.nan
+        return found
+
+    monkeypatch.setattr(lare.Extractor, "maps", spoil)
+    report = score_media(media, out, tmp_path / "scores.csv", locator="haar")
+    seen = plain["status"] == "ok"
+    if not seen.any():
+        pytest.skip("the Haar cascade finds no face in these drawn videos")
+    assert len(report) == 4 and sum(bad) and (report["score"].notna() == (report["status"] == "ok")).all()
+
+
 def test_what_is_missing_is_said(profile, faces, tmp_path):
     with pytest.raises(TrainingError, match="--lare"):
         train("clip-lare:F4c", profile, replace(faces, lare=None), tmp_path / "out", 0)
@@ -200,3 +236,16 @@ def test_command(name, more, profile, faces, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "uf", *arguments[2:]])
     assert "clip-lare:KIND" in capsys.readouterr().err
+    assert cli.main([*arguments, "--backbone", "ViT-L-14"]) == 2
+    assert "clip.backbone" in capsys.readouterr().err
+    if not more:
+        assert cli.main([*arguments, "--lare", str(faces.lare)]) == 2
+
+
+def test_the_profile_says_how_prompts_begin(profile):
+    changed = tiny_profile(
+        clip__backbone=profile.clip.backbone, clip__words="a photo of a", clip__position="front", clip__neighbours=3
+    )
+    coop, nearest = build("coop", changed), build("clip-nn", changed)
+    assert (coop.prompts.length, coop.config["position"], nearest.config["k"]) == (4, "front", 3)
+    assert build("coop", profile).prompts.length == profile.clip.context
