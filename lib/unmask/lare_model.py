@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from unmask.lare_maps import LareError
-from unmask.profile import ROOT, digest
+from unmask.profile import digest, models_folder
 
 KIT = Path(__file__).parent / "weights"  # models that come with the kit
 VERSION = 1  # of what a map is; another one makes all maps anew
@@ -74,11 +74,9 @@ def fetch(settings: Settings) -> Path:
 
     wanted = [f"{part}/{name}" for part in FILES for name in ("*.json", "merges.txt", "model.safetensors")]
     wanted += [f"{part}/diffusion_pytorch_model.safetensors" for part in FILES]
-    models = os.environ.get("UNMASK_MODELS") or ROOT / "data" / "models"
     try:
-        return Path(
-            snapshot_download(settings.source, revision=settings.revision, cache_dir=models, allow_patterns=wanted)
-        )
+        given = {"revision": settings.revision, "cache_dir": models_folder(), "allow_patterns": wanted}
+        return Path(snapshot_download(settings.source, **given))
     except (OSError, HfHubHTTPError) as error:
         raise LareError(
             f"{settings.source} cannot be fetched from the hub ({type(error).__name__}). Fetch it elsewhere, revision "

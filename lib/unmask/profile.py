@@ -55,6 +55,11 @@ def find_root() -> Path:
 ROOT = find_root()
 
 
+def models_folder(root: Path = ROOT) -> Path:
+    """Where weights are kept: $UNMASK_MODELS, else data/models."""
+    return Path(os.environ.get("UNMASK_MODELS") or root / "data" / "models")
+
+
 def write_atomic(path: str | Path, content: str | bytes) -> Path:
     """Write a whole file or nothing: a temporary name in the same folder, then a rename."""
     path = Path(path)
@@ -248,7 +253,7 @@ class Study:
         self.root = root
         self.playing = playing
         self.work = root / "data" / "work" / profile.run
-        self.models = Path(os.environ.get("UNMASK_MODELS") or root / "data" / "models")
+        self.models = models_folder(root)
         self.seeds = [profile.seed + offset for offset in range(profile.seeds)]
         self.manifest_hash: str | None = None
         self.saved: list[str] = []

@@ -15,7 +15,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from unmask.data.landmarks import CANONICAL_68, bounding_box, fit_affine, full_landmarks
-from unmask.profile import ROOT
+from unmask.profile import models_folder
 
 YUNET_FILES = ("face_detection_yunet.onnx", "face_detection_yunet_2023mar.onnx")
 YUNET_SHA256 = {
@@ -99,7 +99,7 @@ class AnnotationLocator:
 
 def find_yunet() -> Path:
     """Path of the YuNet weights in $UNMASK_MODELS, else in data/models. Raises LocatorError with how to get them."""
-    folder = Path(os.environ.get("UNMASK_MODELS", ROOT / "data" / "models"))
+    folder = models_folder()
     for name in YUNET_FILES:
         if (folder / name).is_file():
             return folder / name

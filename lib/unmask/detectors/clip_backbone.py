@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import nn
 
-from unmask.profile import write_atomic
+from unmask.profile import models_folder, write_atomic
 
 FOLDER = "local-dir:"
 DEMO = "clip-demo"  # the kit's own, by this name wherever the kit lies
@@ -146,11 +146,12 @@ class ClipBackbone(nn.Module):
 def load(name: str, weights: str | None = None) -> ClipBackbone:
     """A pretrained CLIP with all its weights.
 
-    name: an architecture of open_clip, with `weights` a tag of open_clip (downloaded unless cached) or a file; or
-    `local-dir:PATH`, a folder with open_clip_config.json and weights; or `clip-demo`, such a folder that comes with the
-    kit. Normalisation is that of the tag or folder, and of OpenAI's CLIP for a file. Raises BackboneError where weights
-    are missing or do not fit, where the activation (QuickGELU or GELU) is not the one they were trained with, or where
-    the towers are not a ViT or ModifiedResNet and CLIP's own text transformer.
+    name: an architecture of open_clip, with `weights` a tag of open_clip (downloaded once into data/models, or
+    $UNMASK_MODELS) or a file; or `local-dir:PATH`, a folder with open_clip_config.json and weights; or `clip-demo`,
+    such a folder that comes with the kit. Normalisation is that of the tag or folder, and of OpenAI's CLIP for a
+    file. Raises BackboneError where weights are missing or do not fit, where the activation (QuickGELU or GELU) is
+    not the one they were trained with, or where the towers are not a ViT or ModifiedResNet and CLIP's own text
+    transformer.
     """
     import open_clip
 
@@ -158,7 +159,9 @@ def load(name: str, weights: str | None = None) -> ClipBackbone:
     tag, stated = _checked(name, weights)
     try:
         with torch.random.fork_rng(devices=[]):  # it draws weights that the loaded ones then replace
-            model = open_clip.create_model(_source(name), pretrained=weights, require_pretrained=True)
+            model = open_clip.create_model(
+                _source(name), pretrained=weights, require_pretrained=True, cache_dir=str(models_folder())
+            )
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
         why = " ".join(str(error).split())[:200]  # torch lists every weight that does not fit
         raise BackboneError(f"{name} cannot be loaded with weights {weights or 'of its folder'}: {why}") from error
