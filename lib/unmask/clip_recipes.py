@@ -52,13 +52,13 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "clip-finetune": Recipe(**_COOP, batch=16, epochs=1),
     },
     "small": {
-        "ufd": Recipe("adamw", 3e-3, 1e-4, 32, 10),
-        "coop": Recipe("adamw", 3e-3, 1e-4, 32, 10),
-        "cocoop": Recipe("adamw", 3e-3, 1e-4, 32, 10),
-        "clip-adapter": Recipe("adamw", 1e-3, 1e-4, 32, 10),
-        "clip-finetune": Recipe("adamw", 1e-4, 1e-4, 32, 10),
-        "lntune": Recipe("adamw", 1e-3, 1e-4, 32, 10),
-        "clip-lare": Recipe("adamw", 3e-4, 1e-2, 32, 10),
+        "ufd": Recipe("adamw", 3e-3, 1e-4, 32, 6),
+        "coop": Recipe("adamw", 3e-3, 1e-4, 32, 6),
+        "cocoop": Recipe("adamw", 3e-3, 1e-4, 32, 6),
+        "clip-adapter": Recipe("adamw", 1e-3, 1e-4, 32, 6),
+        "clip-finetune": Recipe("adamw", 1e-4, 1e-4, 32, 4),
+        "lntune": Recipe("adamw", 1e-3, 1e-4, 32, 4),
+        "clip-lare": Recipe("adamw", 3e-4, 1e-2, 32, 4),
     },
 }
 
