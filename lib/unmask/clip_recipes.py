@@ -58,7 +58,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "clip-adapter": Recipe("adamw", 1e-3, 1e-4, 32, 6),
         "clip-finetune": Recipe("adamw", 1e-4, 1e-4, 32, 4),
         "lntune": Recipe("adamw", 1e-3, 1e-4, 32, 4),
-        "clip-lare": Recipe("adamw", 3e-4, 1e-2, 32, 4),
+        "clip-lare": Recipe("adamw", 3e-4, 1e-2, 32, 6),
     },
 }
 
