@@ -191,3 +191,12 @@ def test_root_is_found_from_the_working_directory_for_an_installed_package(tmp_p
     assert found.stdout.strip() == str(ROOT)
     lost = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert "run from a clone" in lost.stderr
+
+
+def test_a_profile_can_be_changed_in_a_copy():
+    profile = load_profile("tiny")
+    other = profile.changed({"clip.frames": 7, "seeds": 2})
+    assert (other.clip.frames, other.seeds, other.name, other.run) == (7, 2, profile.name, profile.run)
+    assert profile.clip.frames != 7 and other.hash == load_profile("tiny", {"clip.frames": 7, "seeds": 2}).hash
+    with pytest.raises(ProfileError, match="clip.frame"):
+        profile.changed({"clip.frame": 7})

@@ -132,6 +132,13 @@ class Profile(Section):
         """12 hex digits that change with every setting but those of SPEED."""
         return self.subset_hash([key for key in self._values if key not in SPEED])
 
+    def changed(self, changes: Mapping[str, Any]) -> Profile:
+        """A copy with some keys changed, such as {"clip.frames": 4}. ProfileError as in `load_profile`."""
+        values = self.as_dict()
+        for key, value in changes.items():
+            _override(values, _nested(key, value), "")
+        return Profile(self.name, self.run, values)
+
     def subset_hash(self, keys: list[str]) -> str:
         """Hash of some top-level keys, so that a chapter can tell whether its own settings changed."""
         return digest({key: self._values[key] for key in keys})
@@ -147,12 +154,14 @@ def load_profile(profile: str | Path = "demo", changes: Mapping[str, Any] | None
     own = _read(path)
     name, run = (str(own.pop(key, path.stem)) for key in IDENTITY)
     _override(values, own, f" (in {path.name})")
-    for key, value in (changes or {}).items():
-        nested: Any = value
-        for part in reversed(key.split(".")):
-            nested = {part: nested}
-        _override(values, nested, "")
-    return Profile(name, run, values)
+    return Profile(name, run, values).changed(changes or {})
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    """{"a": {"b": value}} for the key "a.b"."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
 
 
 def parse_changes(settings: list[str], root: Path = ROOT) -> dict[str, Any]:
