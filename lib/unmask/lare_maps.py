@@ -92,14 +92,19 @@ def write_settings(folder: Path, extractor: str, precision: str, settings: dict)
     write_json(folder / SETTINGS, {"extractor": extractor, "precision": precision, "settings": settings})
 
 
+def _settings(folder: Path) -> dict:
+    try:
+        return json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LareError(f"{SETTINGS} in {folder} is missing or damaged; run `unmask lare` again.") from error
+
+
 def require(folder: str | os.PathLike | None, extractor: str) -> None:
     """LareError unless a folder is given whose maps this extractor made."""
     if folder is None:
         raise LareError("This detector reads LaRE maps: make them by `unmask lare --crops` and give their folder.")
-    if (made := read_settings(folder)["extractor"]) != extractor:
-        raise LareError(
-            f"The maps in {folder} are of extractor {made}; the detector learned from those of {extractor}."
-        )
+    if (made := _settings(Path(folder))["extractor"]) != extractor:
+        raise LareError(f"The detector learned from maps of extractor {extractor}, those in {folder} are of {made}.")
 
 
 def read_settings(folder: str | os.PathLike) -> dict:
@@ -108,11 +113,7 @@ def read_settings(folder: str | os.PathLike) -> dict:
     found = index[index["status"] == "ok"]
     if found.empty:
         raise LareError(f"None of the inputs of {folder} has a LaRE map.")
-    try:
-        about = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LareError(f"{SETTINGS} in {folder} is missing or damaged; run `unmask lare` again.") from error
-    return about | {"shape": list(read(folder, *found[["item_id", "frame"]].iloc[0]).shape)}
+    return _settings(folder) | {"shape": list(read(folder, *found[["item_id", "frame"]].iloc[0]).shape)}
 
 
 def read_index(folder: str | os.PathLike) -> pd.DataFrame:
