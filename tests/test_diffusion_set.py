@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from test_lare import SCALING, diffusion
 
 from unmask import diffusion_set
-from unmask.data import decoding
+from unmask.data import decoding, derived
 from unmask.data.landmarks import CANONICAL_68, forehead
 from unmask.data.manifest import ManifestError, item_id, read_manifest, write_manifest
 from unmask.data.video import Clip, encode, read_frames
@@ -237,6 +237,7 @@ def test_manifest_and_videos(model, tmp_path, capsys):
 
 
 def test_any_workers_and_any_interruption_give_the_same_files(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(derived, "WORTH", 1)
     source = originals(tmp_path / "a", frames=3)
     make(source, tmp_path / "whole", model, workers=1, **FAST)
     whole = contents(tmp_path / "whole")

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from scipy.stats import ks_2samp
 
-from unmask.data import decoding, faces, temporal_set
+from unmask.data import decoding, derived, faces, temporal_set
 from unmask.data.landmarks import CANONICAL_68, forehead
 from unmask.data.manifest import ManifestError, item_id, read_manifest, write_manifest
 from unmask.data.temporal_set import draw, make, replace_face
@@ -130,6 +130,7 @@ def test_twins_are_written_as_drawn(tmp_path):
 
 
 def test_any_number_of_workers_and_any_interruption_give_the_same_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(derived, "WORTH", 1)
     source = originals(tmp_path / "a", count=3, frames=4)
     make(source, tmp_path / "whole", workers=1)
     whole = contents(tmp_path / "whole")

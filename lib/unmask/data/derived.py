@@ -24,6 +24,8 @@ from unmask.progress import track
 
 LONGEST = 96
 """Frames of a twin at most, in a row from the middle of the original."""
+WORTH = 8
+"""Videos that are worth the seconds which a process takes to start."""
 MAX_SIDE = 1920
 """Pixels; larger originals are shrunk to this."""
 
@@ -120,7 +122,8 @@ def make(source: Path, out: Path, recipe: Recipe, splits: Collection[str], worke
     chosen = df[df["split"].isin(splits) & (df["label"] == 0) & (df["kind"] == "video")].to_dict("records")
     for folder in ("videos", "annotations", ".parts"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    tasks = Parallel(n_jobs=workers, return_as="generator")(
+    processes = min(workers, -(-len(chosen) // WORTH))
+    tasks = Parallel(n_jobs=max(processes, 1), return_as="generator")(
         delayed(_make)(row, source.absolute(), out, recipe) for row in chosen
     )
     faults = list(track(tasks, len(chosen), f"{label}, videos"))
