@@ -12,7 +12,7 @@ from test_lare import diffusion
 
 from unmask import cli, clip_training, lare, views
 from unmask.clip_scoring import score
-from unmask.clip_training import Faces, FrozenInputs, build, cached, labelled, train, train_all
+from unmask.clip_training import Faces, FrozenInputs, Run, build, cached, labelled, train, train_all
 from unmask.data.crops import CropStore, read_index, spread
 from unmask.data.manifest import read_manifest, write_manifest
 from unmask.detectors import base
@@ -211,10 +211,10 @@ def test_a_checkpoint_of_another_clip_is_refused(profile, faces, tmp_path):
 
 
 def test_side_by_side_is_one_after_another(profile, faces, tmp_path):
-    runs = {tmp_path / "a" / name: (name, 0) for name in ("ufd", "clip-adapter")}
-    train_all(profile, faces, runs)
-    alone = {name: weights(train(name, profile, faces, tmp_path / "b" / name, 0)) for name, _ in runs.values()}
-    assert all(same(weights(out), alone[name]) for out, (name, _) in runs.items())
+    runs = {tmp_path / "a" / name: Run(name, profile, faces, 0) for name in ("ufd", "clip-adapter")}
+    train_all(runs, 2)
+    for out, run in runs.items():
+        assert same(weights(out), weights(train(run.name, profile, faces, tmp_path / "b" / run.name, 0)))
 
 
 def test_frames_are_spread_evenly():

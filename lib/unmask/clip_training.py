@@ -255,11 +255,22 @@ def judged(detector: ClipDetector, inputs, count: int, batch: int = 128) -> Iter
         yield inputs.logits(detector, [(clip_views.FIXED, i, 0) for i in range(start, min(start + batch, count))])
 
 
-def train_all(profile: Profile, faces: Faces, runs: Mapping[str | os.PathLike, tuple[str, int]]) -> None:
-    """`train` of several (name, seed) by folder, side by side; their shared features are computed first."""
-    keys, detector = profile.clip, build("ufd", profile)
-    for seed in sorted({seed for _, seed in runs.values()}):
+@dataclass(frozen=True)
+class Run:
+    """One of several trainings: the arguments of `train` but its folder."""
+
+    name: str
+    profile: Profile
+    faces: Faces
+    seed: int
+
+
+def train_all(runs: Mapping[str | os.PathLike, Run], workers: int) -> None:
+    """`train` of several runs by folder, side by side; the features that they share are computed first."""
+    shared = {(run.profile.hash, run.faces, run.seed): run for run in runs.values()}
+    for run in shared.values():
+        keys, detector = run.profile.clip, build("ufd", run.profile)
         for split, versions in (("train", keys.versions), ("val", 0)):
-            cached(detector, faces, labelled(faces, split, keys.frames), versions, seed)
-    tasks = [(name, profile, faces, out, seed) for out, (name, seed) in runs.items()]
-    side_by_side(train, tasks, profile.workers, "training, detectors")
+            cached(detector, run.faces, labelled(run.faces, split, keys.frames), versions, run.seed)
+    tasks = [(run.name, run.profile, run.faces, out, run.seed) for out, run in runs.items()]
+    side_by_side(train, tasks, workers, "training, detectors")
