@@ -1,6 +1,6 @@
 """Train the kit's own small latent diffusion model on faces of the synthetic world, and keep it in half precision.
 
-    OMP_NUM_THREADS=1 python jobs/pretrain_diffusion.py FOLDER [--workers 2]
+    OMP_NUM_THREADS=2 python jobs/pretrain_diffusion.py FOLDER [--workers 2]
 
 FOLDER takes the faces and the states of interrupted trainings. The faces belong to people of their own seed, whom no
 table shows, and are all filmed, none forged. First an autoencoder learns to give them back from latents of an eighth of
@@ -69,7 +69,9 @@ TEXT = {
 }
 NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
 OUT = ROOT / "lib/unmask/weights/diffusion-demo"
-VAE_SETTINGS = digest([SEED, FACES, SHAPE, VAE, VAE_STEPS, VAE_BATCH, VAE_LR, PART, EDGES, KL])
+VAE_SETTINGS = digest(
+    [SEED, FACES, HELD_OUT, SHAPE, AVERAGE, WARMUP, CLIP, VAE, VAE_STEPS, VAE_BATCH, VAE_LR, PART, EDGES, KL]
+)
 UNET_SETTINGS = digest([VAE_SETTINGS, UNET, NOISE, UNET_STEPS, UNET_BATCH, UNET_LR])
 
 
