@@ -94,7 +94,9 @@ class ReportingEngine(NBClientEngine):
 def say(text: str) -> None:
     """Print lines for the person at the terminal."""
     for line in text.splitlines():
-        print(f"{MARK}{line}", flush=True)
+        # In one piece: print writes the end of the line apart, and two jobs may share the terminal.
+        sys.stdout.write(f"{MARK}{line}\n")
+        sys.stdout.flush()
 
 
 def check_parameters(notebook: Path, parameters: dict[str, str]) -> None:
