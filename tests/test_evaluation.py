@@ -12,12 +12,14 @@ from unmask.evaluation import (
     auc_difference,
     auc_interval,
     balanced_threshold,
+    calibration_error,
     equal_error_rate,
     evaluate,
     evaluate_files,
     join,
     read_scores,
     recalls,
+    reliability,
     write_scores,
 )
 
@@ -403,3 +405,36 @@ def test_a_difference_to_itself_is_nothing_and_without_a_class_there_is_none():
     assert np.isnan(auc_difference([], [], [], [])).all()
     value, low, high = auc_difference([0, 1], [0.1, 0.2], [0.2, 0.1], ["a", "a"])
     assert value == 1 and np.isnan([low, high]).all(), "one group cannot be drawn anew"
+
+
+@pytest.mark.parametrize("bins", [1, 4, 10, 100])
+def test_calibration_is_that_of_a_plain_loop_over_the_parts(bins):
+    rng = np.random.default_rng(bins)
+    scores = np.r_[rng.random(60) ** 2, 0, 1, 0.3, 0.29]  # the last ones lie on edges
+    labels = (rng.random(64) < scores**2).astype(int)
+    rows, error = [], 0
+    for k in range(bins):
+        low, high = k / bins, (k + 1) / bins
+        own = [i for i, s in enumerate(scores) if low <= s < high or (s == 1 and k == bins - 1)]
+        if own:
+            mean, share = sum(scores[own]) / len(own), sum(labels[own]) / len(own)
+            rows.append((low, high, mean, share, len(own)))
+            error += abs(mean - share) * len(own) / 64
+    table = reliability(labels, scores, bins)
+    assert list(table.columns) == ["low", "high", "score", "fakes", "n"] and table["n"].sum() == 64
+    np.testing.assert_allclose(table.to_numpy(float), rows, rtol=0, atol=1e-12)
+    assert calibration_error(labels, scores, bins) == pytest.approx(error, abs=1e-12)
+    assert calibration_error(1 - labels, 1 - scores, 1) == pytest.approx(calibration_error(labels, scores, 1))
+
+
+def test_the_calibration_of_plain_cases():
+    always = np.array([0, 0, 1, 1])
+    assert calibration_error(always, always.astype(float)) == 0, "certain and right"
+    assert calibration_error(1 - always, always.astype(float)) == 1, "certain and wrong"
+    assert calibration_error(always, np.full(4, 0.5)) == 0, "half are fake, as it says"
+    assert calibration_error(always, [0.1, 0.3, 0.9, 0.7]) == pytest.approx((0.1 + 0.3 + 0.1 + 0.3) / 4)
+    assert reliability([0, 1], [0.05, 0.95]).loc[:, ["low", "high"]].to_numpy().tolist() == [[0, 0.1], [0.9, 1]]
+    assert np.isnan(calibration_error([], []))
+    for scores in ([0.2, 1.5], [-0.1, 0.2], [np.nan, 0.2]):
+        with pytest.raises(ValueError, match="not all probabilities"):
+            reliability([0, 1], scores)

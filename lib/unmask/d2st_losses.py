@@ -80,8 +80,7 @@ def supcon(
         across = same & (other[:, None] != other[None, :])
         positive = torch.where(across.any(1, keepdim=True), across, same)
     compared = positive | (labels[:, None] != labels[None, :])
-    # Not -inf, whose differences are NaN in the row of an anchor without anything to compare.
-    similar = (unit @ unit.T / temperature).masked_fill(~compared, torch.finfo(unit.dtype).min)
+    similar = (unit @ unit.T / temperature).masked_fill(~compared, -torch.inf)
     log_share = similar - similar.logsumexp(1, keepdim=True)
     count = positive.sum(1)
     anchors = torch.where(positive, -log_share, 0).sum(1) / count.clamp(min=1)

@@ -180,6 +180,33 @@ def recalls(labels, scores, threshold: float) -> tuple[float, float]:
     return tuple(float(np.mean(fake[labels == c] == bool(c))) if (labels == c).any() else float("nan") for c in (0, 1))
 
 
+def reliability(labels, scores, bins: int = 10) -> pd.DataFrame:
+    """How often media of a score are fake: a row for each of `bins` equal parts of 0..1 that holds a score.
+
+    labels: int[N], 1 = fake; scores: float[N], P(fake). Columns: low, high (a score of `high` is in the next part,
+    except 1), score (mean), fakes (share) and n. ValueError for scores outside of 0..1.
+    """
+    labels, scores = np.asarray(labels), np.asarray(scores, float)
+    if not ((scores >= 0) & (scores <= 1)).all():
+        raise ValueError("scores are not all probabilities, 0 to 1")
+    edges = np.arange(bins + 1) / bins
+    place = np.minimum(np.searchsorted(edges, scores, side="right") - 1, bins - 1)
+    part = pd.DataFrame({"place": place, "score": scores, "fakes": labels == 1}).groupby("place")
+    table = part.agg(score=("score", "mean"), fakes=("fakes", "mean"), n=("fakes", "size")).reset_index()
+    low, high = edges[table["place"]], edges[table["place"] + 1]
+    return table.drop(columns="place").assign(low=low, high=high)[["low", "high", "score", "fakes", "n"]]
+
+
+def calibration_error(labels, scores, bins: int = 10) -> float:
+    """Expected calibration error of P(fake): mean distance of the mean score from the share of fakes in the parts of
+    `reliability`, weighted by their media; NaN without any. Guo et al., ICML 2017, section 2, on P(fake) instead of
+    the confidence of the answer."""
+    table = reliability(labels, scores, bins)
+    if table.empty:
+        return float("nan")
+    return float(np.average((table["score"] - table["fakes"]).abs(), weights=table["n"]))
+
+
 def join(scores: pd.DataFrame, manifest: pd.DataFrame) -> pd.DataFrame:
     """Scores with what the manifest knows of each item. ScoreError if an item is unknown."""
     unknown = set(scores["item_id"]) - set(manifest["item_id"])
