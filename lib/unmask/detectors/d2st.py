@@ -43,17 +43,9 @@ def _repeat_ends(x: torch.Tensor, dim: int, before: int, after: int) -> torch.Te
     return torch.cat([first.expand(sizes[0]), x, last.expand(sizes[1])], dim)
 
 
-def _corners(places: torch.Tensor, size: int, border: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two cells around each place on an axis of `size` cells, int64[...,2], and their weights, float[...,2]."""
-    if border:
-        places = places.clamp(0, size - 1)
-    low = places.floor()
-    share = places - low
-    cells = torch.stack([low, low + 1], -1)
-    weights = torch.stack([1 - share, share], -1)
-    if not border:
-        weights = weights * ((cells >= 0) & (cells < size))
-    return cells.long().clamp(0, size - 1), weights
+def _kernel(conv: nn.Conv3d, maps: torch.Tensor) -> torch.Tensor:
+    """The weight for maps float[B,T,H,W,C]: summed over time for a single frame, which would only be repeated."""
+    return conv.weight.sum(2, keepdim=True) if maps.shape[1] == 1 else conv.weight
 
 
 def sample_gather(values: torch.Tensor, places: torch.Tensor, border: bool) -> torch.Tensor:
@@ -62,15 +54,27 @@ def sample_gather(values: torch.Tensor, places: torch.Tensor, border: bool) -> t
     Outside the map: its border, or zeros. The eight cells around each place are gathered by index, which exports
     everywhere and is deterministic on a GPU on demand; gradients reach values and places.
     """
-    b, t, h, w, g, c = values.shape
-    (iz, wz), (iy, wy), (ix, wx) = (
-        _corners(axis, size, border) for axis, size in zip(places.unbind(-1), (t, h, w), strict=True)
-    )
-    cells = (iz[..., :, None, None] * h + iy[..., None, :, None]) * w + ix[..., None, None, :]
-    weights = wz[..., :, None, None] * wy[..., None, :, None] * wx[..., None, None, :]
+    if not border:  # zeros outside are a border of zeros
+        values, places = F.pad(values, (0, 0, 0, 0, 1, 1, 1, 1, 1, 1)), places + 1
+    _, t, h, w, _, c = values.shape
+    first, shares, steps = torch.zeros_like(places[..., 0]), [], []
+    for place, size, step in zip(places.unbind(-1), (t, h, w), (h * w, w, 1), strict=True):
+        if size > 1:
+            place = place.clamp(0, size - 1)
+            low = place.detach().floor().clamp(max=size - 2)
+            first = torch.add(first, low, alpha=step)
+            shares.append(place - low)
+            steps.append(step)
+    cells = first.long().clamp(0, t * h * w - 1 - sum(steps))  # for NaN, which has no cell
+    for step in steps:
+        cells = torch.stack([cells, cells + step], -1)
     flat = values.flatten(1, 3).transpose(1, 2)  # B,G,T*H*W,c
     read = flat.gather(2, cells.flatten(2).unsqueeze(3).expand(-1, -1, -1, c))
-    return (read.unflatten(2, (-1, 8)) * weights.flatten(3).unsqueeze(4)).sum(3).to(values.dtype)
+    read = read.to(places.dtype).unflatten(2, (-1, *[2] * len(steps)))
+    for share in shares:
+        share = share[(..., *[None] * (read.ndim - 4))]
+        read = torch.lerp(read[:, :, :, 0], read[:, :, :, 1], share)
+    return read.to(values.dtype)
 
 
 def sample_grid(values: torch.Tensor, places: torch.Tensor, border: bool) -> torch.Tensor:
@@ -103,11 +107,13 @@ class Pathway(nn.Module):
                 "to_offset": nn.Linear(self.channels, 3, bias=False),
             }
         )
-        self.register_buffer("index", torch.arange(POINTS), persistent=False)
+        self.register_buffer("index", torch.arange(POINTS, dtype=torch.float32), persistent=False)
 
     def padded(self, maps: torch.Tensor) -> torch.Tensor:
         """Query maps float[B,T,H,W,r] so long and wide that windows cover them without a rest; time at its end only."""
         for axis, (window, stride) in enumerate(zip(self.windows, self.strides, strict=True)):
+            if not axis and maps.shape[1] == 1:
+                continue  # see `_kernel`
             size = maps.shape[axis + 1]
             lack = window + stride * max(0, math.ceil((size - window) / stride)) - size
             before = lack // 2 if axis else 0
@@ -122,7 +128,7 @@ class Pathway(nn.Module):
         g, net = self.groups, self.offsets
         maps = self.padded(queries) if self.aligned else queries
         # One kernel for all groups, repeated: so the maps need not be taken apart into groups.
-        weight, bias = net["conv"].weight.repeat(g, 1, 1, 1, 1), net["conv"].bias.repeat(g)
+        weight, bias = _kernel(net["conv"], maps).repeat(g, 1, 1, 1, 1), net["conv"].bias.repeat(g)
         found = F.conv3d(maps.movedim(4, 1), weight, bias, self.strides, groups=g * self.channels)
         found = F.gelu(net["norm"](found.movedim(1, 4).unflatten(4, (g, self.channels))))
         shift = net["to_offset"](found)
@@ -132,10 +138,13 @@ class Pathway(nn.Module):
     def _axis(self, shift: torch.Tensor, axis: int, size: int) -> torch.Tensor:
         """Coordinates on one axis of `size` patches, float[B,G,T',H',W'], from shifts in -1..1."""
         n = shift.shape[axis + 2]
-        # Between -1 and 1, the points are 2(i + 0.5)/n - 1 and shifted by up to min(1, 2/n).
-        centres = ((self.index[:n].to(shift.dtype) + 0.5) / n).view([-1 if i == axis else 1 for i in range(3)])
-        along = centres + min(0.5, 1 / n) * shift[..., axis]
-        return along * size - 0.5 if self.aligned else along * (size - 1)
+        # Between -1 and 1, the points are 2(i + 0.5)/n - 1 and shifted by up to min(1, 2/n); the map's ends are the
+        # edges of its cells, or the centres of the outermost ones.
+        span, start = (size, -0.5) if self.aligned else (size - 1, 0)
+        centres = (self.index[:n].to(shift.dtype) + 0.5) * (span / n) + start
+        return torch.add(
+            centres.view([-1 if i == axis else 1 for i in range(3)]), shift[..., axis], alpha=min(0.5, 1 / n) * span
+        )
 
     def points(self, x: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Normed tokens and queries float[B,T,1+H*W,r]: places float[B,G,n,3], keys and values float[B,G,n,c]."""
@@ -256,10 +265,10 @@ class D2STAdapter(nn.Module):
         added = []
         for part in _clips(x[:, 1:], shapes):
             maps = part.unflatten(2, (side, side))
-            if self.aligned:
+            if self.aligned and part.shape[1] > 1:
                 maps = _repeat_ends(maps, 1, 1, 1)
             padding = (0 if self.aligned else 1, 1, 1)
-            found = F.conv3d(maps.movedim(4, 1), conv.weight, conv.bias, padding=padding, groups=conv.groups)
+            found = F.conv3d(maps.movedim(4, 1), _kernel(conv, maps), conv.bias, padding=padding, groups=conv.groups)
             added.append(found.movedim(1, 4).flatten(2, 3).flatten(0, 1))
         return x + F.pad(_joined(added), (0, 0, 1, 0))  # nothing for the class token
 
