@@ -1,5 +1,6 @@
 """Clips made of real ones: labels, what differs between the kinds, and what must not."""
 
+import cv2
 import numpy as np
 import pytest
 
@@ -82,3 +83,44 @@ def test_the_same_dice_give_the_same_clips(still):
     one, two, other = (clips.make_clips(*still, np.random.default_rng(s), 48, "intended") for s in (5, 5, 6))
     assert all(np.array_equal(one[k], two[k]) for k in one)
     assert not any(np.array_equal(one[k], other[k]) for k in one)
+
+
+def test_with_edges_the_clips_are_the_same_where_the_face_keeps_still(still):
+    plain = clips.make_clips(*still, np.random.default_rng(4), 48, "smooth")
+    made, edges = clips.make_clips_and_edges(*still, np.random.default_rng(4), 48, "smooth")
+    assert all(np.array_equal(made[kind], plain[kind]) for kind in clips.LABELS) and made.keys() == plain.keys()
+    assert {kind: (part.shape, part.dtype) for kind, part in edges.items()} == dict.fromkeys(
+        clips.LABELS, ((5, 48, 48), np.float32)
+    )
+    for pair in clips.PAIRS:
+        alone, own = clips.make_clips_and_edges(*still, np.random.default_rng(4), 48, "smooth", [pair])
+        assert set(alone) == set(own) == set(pair), "one pair alone, and still the same"
+        assert all(np.array_equal(alone[k], made[k]) and np.array_equal(own[k], edges[k]) for k in pair)
+
+
+def test_one_box_for_all_frames_however_the_landmarks_tremble(still):
+    images, points = still[0], [FACE + np.float32([k % 3, -(k % 2)]) for k in range(5)]
+    for seed in range(4):
+        made, _ = clips.make_clips_and_edges(images, points, np.random.default_rng(seed), 48, "smooth")
+        loose = clips.make_clips(images, points, np.random.default_rng(seed), 48, "smooth")
+        assert change(made["real"]) == 0 < change(loose["real"])
+
+
+def test_edges_are_cut_as_the_pictures_are(still, monkeypatch):
+    """With pictures that show the mask itself, edges can be read off the pictures."""
+
+    def masked(image, points, draw, recipe):
+        return sbi.SelfBlend(image, image, image[..., 0] / np.float32(255), None)
+
+    monkeypatch.setattr(sbi, "blend", masked)
+    monkeypatch.setattr(sbi, "augment_pair", lambda real, fake, *_: (real, fake))
+    square = np.zeros((96, 96, 3), np.uint8)
+    square[40:70, 30:60] = 255
+    images = [cv2.GaussianBlur(np.roll(square, 3 * t, 1), (0, 0), 4) for t in range(5)]
+    for seed in range(4):
+        made, edges = clips.make_clips_and_edges(images, still[1], np.random.default_rng(seed), 48, "smooth")
+        assert not edges["real"].any()
+        for kind in ("blend", "varying", "steady"):
+            mask = made[kind][..., 0].astype(float) / 255
+            np.testing.assert_allclose(edges[kind], 4 * mask * (1 - mask), atol=4 * 1.1 / 255)
+            assert np.ptp(edges[kind]) > 0.9

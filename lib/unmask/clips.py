@@ -18,6 +18,8 @@ import numpy as np
 from unmask import sbi
 
 LABELS = {"real": 0, "blend": 1, "varying": 1, "steady": 0}
+PAIRS = (("real", "blend"), ("varying", "steady"))
+"""Kinds that differ in nothing but the manipulation."""
 DRIFT = (0.0, 0.03)  # standard deviations, share of the face's width; see `sbi.draw_clip`
 JITTER = (0.005, 0.03)
 FLICKER = (0.004, 0.04)  # share of 255
@@ -56,6 +58,33 @@ def _cut(images: Sequence[np.ndarray], points: Sequence[np.ndarray], flip: bool)
     return list(pictures), list(marks)
 
 
+def _blended(
+    images: Sequence[np.ndarray],
+    points: Sequence[np.ndarray],
+    rng: np.random.Generator,
+    recipe: str,
+    pairs: Sequence[tuple[str, str]],
+) -> tuple[list[dict], list[np.ndarray], int]:
+    """What the kinds of `pairs` show in each frame before the final crop, (picture, blending mask or None) by kind; the
+    frames' landmarks; and the dice of the crop."""
+    draws = clip_draws(rng, len(images), recipe)
+    pictures, marks = _cut(images, points, bool(rng.random() < 0.5))
+    alike, box = rng.integers(2**63, size=2)  # the same dice for every frame
+    made = []
+    for t, (picture, mark) in enumerate(zip(pictures, marks, strict=True)):
+        wanted = {kind for pair in pairs for kind in pair} - {"real"}
+        blends = {kind: sbi.blend(picture, mark, draws[kind][t], recipe) for kind in sorted(wanted)}
+        frames = {kind: (blend.fake, blend.mask) for kind, blend in blends.items()}
+        if "blend" in blends:
+            frames["real"] = blends["blend"].real, None
+        for pair in pairs:
+            changed = sbi.augment_pair(*(frames[kind][0] for kind in pair), np.random.default_rng(alike), recipe)
+            for kind, frame in zip(pair, changed, strict=True):
+                frames[kind] = frame, frames[kind][1]
+        made.append(frames)
+    return made, marks, int(box)
+
+
 def make_clips(
     images: Sequence[np.ndarray],
     points: Sequence[np.ndarray],
@@ -68,16 +97,37 @@ def make_clips(
 
     points: landmarks float[68 or 81, 2] of each crop, in its pixels. ValueError as in `sbi.blend`.
     """
-    draws = clip_draws(rng, len(images), recipe)
-    pictures, marks = _cut(images, points, bool(rng.random() < 0.5))
-    alike, box = rng.integers(2**63, size=2)  # the same dice for every frame
-    made = {kind: [] for kind in LABELS}
-    for t, (picture, mark) in enumerate(zip(pictures, marks, strict=True)):
-        blends = {kind: sbi.blend(picture, mark, frames[t], recipe) for kind, frames in draws.items()}
-        frames = {"real": blends["blend"].real} | {kind: blend.fake for kind, blend in blends.items()}
-        where = sbi.crop_box(mark, np.random.default_rng(box), side=size if native else None)
-        for first, second in (("real", "blend"), ("varying", "steady")):
-            pair = sbi.augment_pair(frames[first], frames[second], np.random.default_rng(alike), recipe)
-            for kind, frame in zip((first, second), pair, strict=True):
-                made[kind].append(sbi.crop(frame, where, size))
-    return {kind: np.stack(frames) for kind, frames in made.items()}
+    made, marks, dice = _blended(images, points, rng, recipe, PAIRS)
+    side = size if native else None
+    boxes = [sbi.crop_box(mark, np.random.default_rng(dice), side=side) for mark in marks]
+    return {
+        kind: np.stack([sbi.crop(frames[kind][0], box, size) for frames, box in zip(made, boxes, strict=True)])
+        for kind in LABELS
+    }
+
+
+def make_clips_and_edges(
+    images: Sequence[np.ndarray],
+    points: Sequence[np.ndarray],
+    rng: np.random.Generator,
+    size: int,
+    recipe: str,
+    pairs: Sequence[tuple[str, str]] = PAIRS,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The kinds of `pairs` as `make_clips` makes them, but cut by one box for all frames (that of the median
+    landmarks), and where each was blended: edges float32[T,size,size] by kind, 4m(1-m) of the mask m in the same cut.
+
+    pairs: of PAIRS; leaving one out does not change the other. Edges of `real` are 0. ValueError as in `sbi.blend`.
+    """
+    made, marks, dice = _blended(images, points, rng, recipe, pairs)
+    box = sbi.crop_box(np.median(marks, axis=0), np.random.default_rng(dice))
+    pictures, edges = {}, {}
+    for kind in (kind for pair in pairs for kind in pair):
+        pictures[kind] = np.stack([sbi.crop(frames[kind][0], box, size) for frames in made])
+        if kind == "real":
+            edges[kind] = np.zeros(pictures[kind].shape[:3], np.float32)
+            continue
+        masks = np.stack([sbi.crop(frames[kind][1], box, size) for frames in made])
+        masks = np.minimum(masks, 1)  # area averages of 1 may round to just above
+        edges[kind] = 4 * masks * (1 - masks)
+    return pictures, edges

@@ -24,13 +24,14 @@ from unmask.progress import track
 INDEX = "index.parquet"
 
 
-def _path(folder: Path, number: int) -> Path:
+def path_of(folder: Path, number: int) -> Path:
+    """The file of one shard."""
     return folder / f"{number:05d}.safetensors"
 
 
 def write(folder: Path, number: int, arrays: dict[str, np.ndarray]) -> None:
     """Write the arrays of one shard, whole or not at all."""
-    write_atomic(_path(folder, number), save({key: np.ascontiguousarray(value) for key, value in arrays.items()}))
+    write_atomic(path_of(folder, number), save({key: np.ascontiguousarray(value) for key, value in arrays.items()}))
 
 
 def read(folder: Path, names: Collection[str] | None = None) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
@@ -60,7 +61,7 @@ def fill(
     which must be a function of a module then; 0 is this one, as it always is where there is a GPU. label: of progress.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [work for k, work in enumerate(works) if not _path(folder, k).exists()]
+    missing = [work for k, work in enumerate(works) if not path_of(folder, k).exists()]
     for _ in track(_run(make, missing, workers), len(missing), label):
         pass
     if not (folder / INDEX).exists():
