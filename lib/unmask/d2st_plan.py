@@ -1,0 +1,127 @@
+"""Which images and clips the three stages of D2ST learn from, batch by batch, and how processes share a batch.
+
+A unit is a clip of a bank (see `clip_bank`), whole (t = -1) or one frame of it (t >= 0), which is an image.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+
+CARRIED = ("medium", "real", "blend")
+"""Kinds of clips whose label every single frame carries; `varying` and `steady` differ over time alone."""
+Units = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Units of one step: whole clips, one frame of each of them (`own`, in stage 3 only), and images by themselves."""
+
+    clips: Units = field(default_factory=list)
+    own: Units = field(default_factory=list)
+    images: Units = field(default_factory=list)
+
+    def share(self, rank: int, of: int, lengths: np.ndarray) -> "Batch":
+        """What one of `of` processes sees; clips of one length, by clip number in `lengths`, follow each other."""
+        clips, own = self.clips[rank::of], self.own[rank::of]
+        order = np.argsort([lengths[c] for c, _ in clips], kind="stable")
+        return Batch([clips[k] for k in order], [own[k] for k in order] if own else [], self.images[rank::of])
+
+    @property
+    def units(self) -> Units:
+        """All of them in order: clips, their own frames, images."""
+        return [*self.clips, *self.own, *self.images]
+
+
+def evenly(groups: list[np.ndarray], count: int, rng: np.random.Generator) -> list[int]:
+    """`count` members of `groups`, as many of each (the first ones get what is left over), every member once before any
+    comes again; in a random order."""
+    groups = [group for group in groups if len(group)]
+    drawn: list[int] = []
+    for k, group in enumerate(groups):
+        quota = count // len(groups) + (k < count % len(groups))
+        rounds = [rng.permutation(group) for _ in range(-(-quota // len(group)))]
+        drawn += [int(i) for i in np.concatenate(rounds)[:quota]] if quota else []
+    return [drawn[i] for i in rng.permutation(len(drawn))]
+
+
+def _cells(table: pd.DataFrame) -> list[np.ndarray]:
+    """Clip numbers by data set, modality and kind, which are to be seen equally often."""
+    keys = [table["dataset"], table["frames"] > 1, table["kind"]]
+    return [part.to_numpy() for _, part in table.index.to_series().groupby(keys, sort=True)]
+
+
+def _of_label(table: pd.DataFrame, label: int, count: int, made: float, rng: np.random.Generator) -> list[int]:
+    """Clips of one label: a share `made` of those that were made of real ones, if there are any, the rest media."""
+    own = table[table["label"] == label]
+    if own.empty:
+        raise ValueError(f"it has no {('real', 'fake')[label]} ones")
+    media, blends = own[own["kind"] == "medium"], own[own["kind"] != "medium"]
+    few = 0 if blends.empty else count if media.empty else round(made * count)
+    drawn = evenly(_cells(media), count - few, rng) + evenly(_cells(blends), few, rng)
+    return [drawn[i] for i in rng.permutation(len(drawn))]
+
+
+def _balanced(table: pd.DataFrame, count: int, made: float, rng: np.random.Generator) -> list[int]:
+    """`count` clips, reals and fakes in turn."""
+    halves = (_of_label(table, label, -(-count // 2), made, rng) for label in (0, 1))
+    return [clip for pair in zip(*halves, strict=True) for clip in pair][:count]
+
+
+def _frame(table: pd.DataFrame, clip: int, rng: np.random.Generator) -> tuple[int, int]:
+    return clip, int(rng.integers(table.at[clip, "frames"]))
+
+
+def batches(
+    table: pd.DataFrame, stage: int, samples: int, batch: int, made: float, seed: int, epoch: int
+) -> list[Batch]:
+    """The batches of an epoch: `samples` images (stage 1) or clips, `batch` of them at a time, half of either label.
+
+    table: `Clips.table` with columns kind, label, dataset, frames. made: share of either label that is made of real
+    media (self-blends and the like). Labels are balanced, and within a label data sets, modalities and kinds. In stage
+    3 every clip comes with one frame of its own and two other images. ValueError where a label has none.
+    """
+    rng = np.random.default_rng([seed, 0xD257, stage, epoch])
+    images, clips = table[table["kind"].isin(CARRIED)], table[table["frames"] > 1]
+    found = []
+    parts = -(-samples // batch)
+    for part in np.array_split(np.arange(samples), parts):
+        count = len(part)
+        if stage == 1:
+            found.append(Batch(images=[_frame(table, c, rng) for c in _balanced(images, count, made, rng)]))
+            continue
+        chosen = _balanced(clips, count, made, rng)
+        if stage == 2:
+            found.append(Batch(clips=[(c, -1) for c in chosen]))
+            continue
+        own = [_frame(table, c, rng) for c in chosen]
+        others = [_frame(table, c, rng) for c in _balanced(images, 2 * count, made, rng)]
+        found.append(Batch([(c, -1) for c in chosen], own, others))
+    return found
+
+
+def judged(table: pd.DataFrame, stage: int, most: int = 4) -> Units:
+    """The units of a validation bank that a stage is judged by: up to `most` frames of a clip, whole clips, or both."""
+    units: Units = []
+    if stage != 2:
+        for clip, row in table[table["kind"].isin(CARRIED)].iterrows():
+            units += [(clip, int(t)) for t in spaced(row["frames"], most)]
+    if stage != 1:
+        units += [(clip, -1) for clip in table.index[table["frames"] > 1]]
+    return units
+
+
+def spaced(count: int, most: int) -> np.ndarray:
+    """At most `most` of positions 0..count-1, evenly from the middle of each part."""
+    some = min(count, most)
+    return ((np.arange(some) + 0.5) * count / some).astype(int)
+
+
+def groups(units: Units, lengths: np.ndarray, batch: int) -> Iterator[Units]:
+    """Units in batches of about `batch` frames, those of one length together."""
+    length = {unit: 1 if unit[1] >= 0 else int(lengths[unit[0]]) for unit in units}
+    for t in sorted(set(length.values())):
+        own = [unit for unit in units if length[unit] == t]
+        each = max(batch // t, 1)
+        yield from (own[k : k + each] for k in range(0, len(own), each))
