@@ -278,9 +278,9 @@ def table() -> str:
         "",
         f"{where}; Python {platform.python_version()}, PyTorch {torch.__version__}. `python benchmarks/d2st.py`: "
         f"medians of {ROUNDS} rounds in turns (lowest to highest in brackets). A floor is the time that the counted "
-        f"operations would take at {rate / 1e12:.3g}e12 a second, a plain matrix product's here.",
+        f"operations would take at {rate:.3g} a second, a plain matrix product's here.",
         "",
-        f"One adapter on {BATCH} clips of {FRAMES} frames, beside a straightforward implementation of the published "
+        f"One adapter on clips of {FRAMES} frames, {BATCH} at once, beside a straightforward implementation of the published "
         "layer (volumes of channels first, grid_sample, attention weights kept); the difference is between their "
         "outputs. Aligned, it reads more points of 16x16 patches: 75 and 108 instead of 48.",
         "",
@@ -289,7 +289,7 @@ def table() -> str:
         "|---|---|---|---|---|---|---|---|",
         *adapters,
         "",
-        f"In a CLIP, on {BATCH} clips of {FRAMES_IN_CLIP} frames: the forward pass from pictures. What adapters add is "
+        f"In a CLIP, on clips of {FRAMES_IN_CLIP} frames, {BATCH} at once: the forward pass from pictures. What adapters add is "
         "relative to the frozen CLIP alone.",
         "",
         "| CLIP | adapters | TFLOP | frames/s | over the floor | frozen CLIP over its floor | adapters add (%) "
