@@ -280,17 +280,17 @@ def table() -> str:
         f"medians of {ROUNDS} rounds in turns (lowest to highest in brackets). A floor is the time that the counted "
         f"operations would take at {rate:.3g} a second, a plain matrix product's here.",
         "",
-        f"One adapter on clips of {FRAMES} frames, {BATCH} at once, beside a straightforward implementation of the published "
-        "layer (volumes of channels first, grid_sample, attention weights kept); the difference is between their "
-        "outputs. Aligned, it reads more points of 16x16 patches: 75 and 108 instead of 48.",
+        f"One adapter on clips of {FRAMES} frames, {BATCH} at once, beside a straightforward implementation of the "
+        "published layer (volumes of channels first, grid_sample, attention weights kept); the difference is between "
+        "their outputs. Aligned, it reads more points of 16x16 patches: 75 and 108 instead of 48.",
         "",
         "| tokens of | layer | GFLOP, both ways | forward (ms) | and backward (ms) | ratio, forward | ratio, both "
         "| difference |",
         "|---|---|---|---|---|---|---|---|",
         *adapters,
         "",
-        f"In a CLIP, on clips of {FRAMES_IN_CLIP} frames, {BATCH} at once: the forward pass from pictures. What adapters add is "
-        "relative to the frozen CLIP alone.",
+        f"In a CLIP, on clips of {FRAMES_IN_CLIP} frames, {BATCH} at once: the forward pass from pictures. What "
+        "adapters add is relative to the frozen CLIP alone.",
         "",
         "| CLIP | adapters | TFLOP | frames/s | over the floor | frozen CLIP over its floor | adapters add (%) "
         "| in operations (%) | straightforward / this |",
