@@ -118,6 +118,9 @@ WRONG = {
     "train convnext --manifest manifest.parquet --crops crops --out ck --set convnext.size=50": "multiple of 32",
     "score media --checkpoint nothing --out s.csv": "nothing is not a checkpoint",
     "score media --checkpoint checkpoint --out s.json": "would be overwritten",
+    "score media --checkpoint manifest.parquet --out s.csv": "was not written by `unmask export`",
+    "export nothing --format pt2 --out out": "nothing is not a checkpoint",
+    "export checkpoint --format pt2 --out out --clips crops": "--clips is what --verify compares on",
     "lare nothing.parquet --settings sd15-t200-e4-256 --out out": "There is no manifest at nothing.parquet",
     "lare manifest.parquet --settings sd15 --out out": "There are no settings 'sd15' for LaRE",
     "lare manifest.parquet --settings sd15-t200-e4-256 --model nowhere --out out": "There is no folder nowhere",
@@ -138,7 +141,8 @@ def test_what_a_person_can_mend_is_one_line_and_exit_code_2(home, capsys, line):
 
 @pytest.mark.parametrize("line", [
     "preprocess m.parquet out --shard 4/4", "preprocess m.parquet out --shard x", "score m --workers 0",
-    "train resnet --manifest m --crops c --out o", "world", "evaluate a b", "world out --seed seven", "",
+    "train resnet --manifest m --crops c --out o", "world", "export c --out o", "export c --format tflite --out o",
+    "export c --format pt2 --out o --frames 0", "evaluate a b", "world out --seed seven", "",
 ])  # fmt: skip
 def test_wrong_arguments_show_the_usage(capsys, line):
     with pytest.raises(SystemExit) as caught:
@@ -159,7 +163,7 @@ def test_as_a_program(home):
 
     usage = run("--help")
     assert usage.returncode == 0
-    for command in ("doctor", "world", "index", "preprocess", "train", "score", "evaluate"):
+    for command in ("doctor", "world", "index", "preprocess", "train", "score", "export", "evaluate"):
         assert f"\n    {command}" in usage.stdout
     wrong = run("score", "media", "--checkpoint", "nothing", "--out", "s.csv")
     assert (wrong.returncode, wrong.stdout) == (2, "") and wrong.stderr.count("\n") == 1

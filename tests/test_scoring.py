@@ -211,6 +211,23 @@ def test_a_detector_of_clips_scores_clips_alone(head, dense_crops):
     assert empty.empty and empty.columns.tolist() == table.columns.tolist()
 
 
+@pytest.mark.parametrize(("count", "frames", "wanted"), [
+    (0, 3, []), (1, 3, [[0, 0, 0]]), (2, 5, [[0, 0, 0, 1, 1]]), (3, 5, [[0, 0, 1, 2, 2]]), (3, 3, [[0, 1, 2]]),
+    (4, 3, [[0, 1, 2], [1, 2, 3]]), (6, 3, [[0, 1, 2], [3, 4, 5]]), (8, 3, [[0, 1, 2], [2, 3, 4], [5, 6, 7]]),
+])  # fmt: skip
+def test_whole_windows_are_full_and_spread(count, frames, wanted):
+    assert [window.tolist() for window in scoring.whole_windows(count, frames)] == wanted
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5, 12])
+def test_whole_windows_leave_no_frame_out(frames):
+    for count in range(1, 100):
+        found = scoring.whole_windows(count, frames)
+        assert {len(window) for window in found} == {frames} and len(found) == -(-count // frames)
+        assert set(np.concatenate(found)) == set(range(count)) or count < frames
+        assert all((np.diff(window) >= 0).all() for window in found)
+
+
 @pytest.mark.parametrize(("count", "sizes"), [(0, []), (1, [1]), (6, [6]), (7, [4, 3]), (12, [6, 6]), (13, [5, 4, 4])])
 def test_windows_hold_every_frame_once_and_are_alike(count, sizes):
     found = scoring.windows(count, 6)

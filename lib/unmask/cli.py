@@ -145,6 +145,24 @@ def score(options: argparse.Namespace) -> int:
     return 0
 
 
+def export(options: argparse.Namespace) -> int:
+    from unmask.export import TOLERANCE, export, verify
+
+    if options.clips and not options.verify:
+        raise ProfileError("--clips is what --verify compares on; give both.")
+    if options.format == "torchscript":
+        print("Note: PyTorch deprecates TorchScript and will drop it; --format pt2 is what it keeps.")
+    print(f"Exported: {export(options.checkpoint, options.format, options.out, options.frames)}")
+    if not options.verify:
+        return 0
+    table = verify(options.checkpoint, options.out, options.clips)
+    worst = table["difference"].max(skipna=False)
+    close = worst <= TOLERANCE  # not so for what is no number
+    print(table.to_string(index=False))
+    print(f"Largest difference to the checkpoint: {worst:.2g}, {'within' if close else 'NOT WITHIN'} {TOLERANCE:g}")
+    return 0 if close else 1
+
+
 def lare(options: argparse.Namespace) -> int:
     from unmask.lare import extract, named
     from unmask.preprocessing import failures
@@ -187,6 +205,15 @@ def _positive(text: str) -> int:
     if not (text.isdecimal() and int(text)):
         raise argparse.ArgumentTypeError("at least 1")
     return int(text)
+
+
+def _export_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("checkpoint", metavar="CKPT_DIR")
+    sub.add_argument("--format", required=True, choices=["pt2", "onnx", "torchscript"])
+    sub.add_argument("--out", required=True, metavar="FILE")
+    sub.add_argument("--frames", type=_positive, help="frames of a clip (default: the detector's)")
+    sub.add_argument("--verify", action="store_true", help="compare with the checkpoint; exit code 1 if not close")
+    sub.add_argument("--clips", metavar="DIR", help="for --verify: crops of `unmask preprocess` to compare on as well")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -270,13 +297,14 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0)
     sub = command(score, "Score videos, images or folders with a checkpoint.", settings=False)
     sub.add_argument("media", nargs="+", metavar="MEDIA")
-    sub.add_argument("--checkpoint", required=True, metavar="CKPT_DIR")
+    sub.add_argument("--checkpoint", required=True, metavar="CKPT", help="folder, or file of `unmask export` in ONNX")
     sub.add_argument("--out", required=True, metavar="SCORES.csv")
     sub.add_argument(
         "--locator", choices=["yunet", "uniface", "haar"], help="default: yunet if its weights are here, else haar"
     )
     sub.add_argument("--model", metavar="DIR", help="for a detector that reads LaRE maps: the diffusion model's folder")
     sub.add_argument("--workers", type=_positive, help="processes")
+    _export_options(command(export, "Write a detector into one file that runs without the kit.", settings=False))
     sub = command(lare, "Make maps of the latent reconstruction error (LaRE) of a Stable Diffusion.")
     sub.add_argument("manifest", metavar="MANIFEST")
     sub.add_argument(
@@ -300,6 +328,7 @@ def _expected_errors() -> tuple[type[Exception], ...]:
         "unmask.data.manifest": "ManifestError", "unmask.data.faces": "LocatorError", "unmask.data.crops": "CropError",
         "unmask.training": "TrainingError", "unmask.detectors.base": "CheckpointError",
         "unmask.evaluation": "ScoreError", "unmask.fingerprints": "FingerprintError", "unmask.lare": "LareError",
+        "unmask.export": "ExportError",
     }.items():  # fmt: skip
         if module in sys.modules:  # an error can only come from a module that was imported
             errors.append(getattr(sys.modules[module], name))

@@ -47,6 +47,17 @@ def windows(count: int, frames: int) -> list[np.ndarray]:
     return [part for part in np.array_split(np.arange(count), max(-(-count // frames), 1)) if len(part)]
 
 
+def whole_windows(count: int, frames: int) -> list[np.ndarray]:
+    """Positions 0..count-1 of a clip in the fewest windows of exactly `frames` that leave none out, spread evenly.
+
+    They may overlap. A clip of fewer frames is one window, in which they repeat in their order.
+    """
+    if count < frames:
+        return [np.rint(np.linspace(0, count - 1, frames)).astype(int)] if count else []
+    starts = np.rint(np.linspace(0, count - frames, -(-count // frames))).astype(int)
+    return [np.arange(start, start + frames) for start in starts]
+
+
 @torch.no_grad()
 def _probabilities(
     detector: base.Detector, clips: np.ndarray, extras: Mapping[str, torch.Tensor] = MappingProxyType({})
@@ -79,11 +90,11 @@ def _score_frames(
 
 def _score_clips(detector: base.Detector, store: CropStore, index: pd.DataFrame) -> pd.DataFrame:
     """P(fake) of every item, frame -1: the mean over the windows of its crops in order."""
-    rows = []
+    rows, cut = [], whole_windows if detector.exact_frames else windows
     groups = index.groupby("item_id", sort=True)
     for name, part in track(groups, groups.ngroups, "scoring, clips"):
         images = frame_images(store, part, detector.input_spec)
-        scores = [_probabilities(detector, images[None, w])[0] for w in windows(len(part), detector.input_spec.frames)]
+        scores = [_probabilities(detector, images[None, w])[0] for w in cut(len(part), detector.input_spec.frames)]
         rows.append((name, np.mean(scores)))
     return pd.DataFrame(rows, columns=["item_id", "score"]).astype({"score": float}).assign(frame=-1)
 
@@ -183,6 +194,15 @@ def _maps(card: dict, manifest: Path, crops: Path, out: Path, model: str | os.Pa
     return index
 
 
+def _load(checkpoint: str | os.PathLike) -> tuple[base.Detector, dict]:
+    """The detector of a checkpoint's folder or of an exported file, and its card."""
+    if not Path(checkpoint).is_file():
+        return base.load_checkpoint(checkpoint)
+    from unmask import onnx_detector  # not above: ONNX Runtime is for this alone
+
+    return onnx_detector.load(checkpoint)
+
+
 def score_media(
     media: Iterable[str | os.PathLike],
     checkpoint: str | os.PathLike,
@@ -194,17 +214,17 @@ def score_media(
 ) -> pd.DataFrame:
     """Score files and folders with a checkpoint; one row per input, failures too, in the order given.
 
-    Writes `out` (CSV: path, status ok|failed, score = P(fake), reason, frames, faces, decoder) and beside it a JSON
-    with the score of every frame. model: for a detector that reads LaRE maps, the folder of the diffusion model, in
-    place of where its own came from. Raises CheckpointError for the checkpoint, LocatorError for the locator and
-    LareError for the model.
+    checkpoint: a folder, or an ONNX file that `unmask export` wrote. Writes `out` (CSV: path, status ok|failed, score =
+    P(fake), reason, frames, faces, decoder) and beside it a JSON with the score of every frame. model: for a detector
+    that reads LaRE maps, the folder of the diffusion model, in place of where its own came from. Raises CheckpointError
+    for the checkpoint, LocatorError for the locator and LareError for the model.
     """
     document_path = Path(out).with_suffix(".json")
     if document_path == Path(out):
         raise ScoreError(
             f"{out} would be overwritten by the JSON beside it; give the table another ending, such as .csv."
         )
-    detector, card = base.load_checkpoint(checkpoint)
+    detector, card = _load(checkpoint)
     if "preprocessing" not in card:
         raise base.CheckpointError(f"The checkpoint in {checkpoint} does not say how its crops were made; train anew.")
     paths = list(expand(media))

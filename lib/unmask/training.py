@@ -139,8 +139,8 @@ def validate(detector, loader) -> dict[str, float]:
 
 
 def device(module: torch.nn.Module) -> torch.device:
-    """Where a module's parameters live."""
-    return next(module.parameters()).device
+    """Where a module's parameters live; the processor for a module without any."""
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
 def precision() -> str:

@@ -43,7 +43,8 @@ class Detector(nn.Module):
 
     extras: what `forward` and `features` take by name besides clips and mask, of "lare", the frames' LaRE maps
     float[B,T,4,l,l], and "boxes", those of their faces' regions float[B,T,9,4] in pixels of the frames (see `roi`).
-    extra_shapes: theirs for one frame, by name.
+    extra_shapes: theirs for one frame, by name. exact_frames: a clip to be scored has `input_spec.frames` frames, no
+    less.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Detector(nn.Module):
     config: dict
     extras: tuple[str, ...] = ()
     extra_shapes: dict[str, tuple[int, ...]]
+    exact_frames: bool = False
 
     def forward(self, clips: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Logits float[B] of "fake" for normalised clips float[B,T,3,H,W]; mask bool[B,T], True = use the frame."""

@@ -136,7 +136,7 @@ class ClipBackbone(nn.Module):
         text = self._text
         x = embedded + text.positional_embedding
         x = text.ln_final(text.transformer(x, attn_mask=text.attn_mask))
-        x = x[torch.arange(len(x), device=x.device), ids.argmax(1)]
+        x = x[torch.arange(x.shape[0], device=x.device), ids.argmax(1)]
         projection = text.text_projection
         if projection is None:
             return x

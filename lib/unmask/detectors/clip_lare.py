@@ -71,16 +71,21 @@ class ClipLare(ClipDetector):
 
         Only those frames are looked at: padding must not move the statistics of a batch norm.
         """
-        keep = torch.ones(clips.shape[:2], dtype=torch.bool, device=clips.device) if mask is None else mask
         for name in self.extras:
             found = None if extras[name] is None else tuple(extras[name].shape)
-            if found != (wanted := (*keep.shape, *self.extra_shapes[name])):
+            if found != (wanted := (*clips.shape[:2], *self.extra_shapes[name])):
                 raise ValueError(f"{self.name} needs {name} of shape {wanted} with these clips, not {found}.")
+        # Not a mask of ones where there is none: torch.export has to know how many frames are looked at.
+        frames, *given = (
+            x.flatten(0, 1) if mask is None else x[mask] for x in (clips, *(extras[name] for name in self.extras))
+        )
         # F1 does not look at the picture, and need not pay for it.
-        inputs = {"pooled": None} if self.kind == "F1" else self.frozen(clips[keep])
-        values = of(**inputs, **{name: extras[name][keep] for name in self.extras})
-        frames = values.new_zeros(*keep.shape, values.shape[1]).masked_scatter(keep.unsqueeze(2), values)
-        return masked_mean(frames, mask)
+        inputs = {"pooled": None} if self.kind == "F1" else self.frozen(frames)
+        values = of(**inputs, **dict(zip(self.extras, given, strict=True)))
+        if mask is None:
+            return values.unflatten(0, clips.shape[:2]).mean(1)
+        found = values.new_zeros(*mask.shape, values.shape[1]).masked_scatter(mask.unsqueeze(2), values)
+        return masked_mean(found, mask)
 
     def features(
         self,

@@ -155,7 +155,7 @@ class Fusion(nn.Module):
             if found is None or found[1:] != shapes[name]:
                 wanted = ", ".join(map(str, shapes[name]))
                 raise ValueError(f"{c.kind} needs {name} of shape (N, {wanted}), not {found}.")
-        if len({len(inputs[name]) for name in read}) > 1:
+        if any(inputs[name].shape[0] != inputs[read[0]].shape[0] for name in read[1:]):
             raise ValueError(f"{' and '.join(read)} are not of the same number of pictures.")
 
     def fused(

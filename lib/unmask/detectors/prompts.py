@@ -42,7 +42,7 @@ class Prompts(nn.Module):
             [1 + self.length, self.names[label], len(self.ids[label]) - 1 - self.length - self.names[label]]
         )
         before = {"end": self.length, "middle": self.length // 2, "front": 0}[self.position]
-        start, name, rest = (part.expand(len(context), -1, -1) for part in (start[:1], name, rest))
+        start, name, rest = (part.expand(context.shape[0], -1, -1) for part in (start[:1], name, rest))
         return torch.cat([start, context[:, :before], name, context[:, before:], rest], 1)
 
     def forward(self, backbone: ClipBackbone, shift: torch.Tensor | None = None) -> torch.Tensor:
@@ -51,7 +51,7 @@ class Prompts(nn.Module):
         if shift is not None:
             contexts = contexts + shift.unsqueeze(1)
         embedded = torch.stack([self._sequence(label, contexts[label]) for label in range(len(CLASSES))], 1)
-        found = backbone.text_features(embedded.flatten(0, 1), self.ids.repeat(len(embedded), 1))
+        found = backbone.text_features(embedded.flatten(0, 1), self.ids.repeat(embedded.shape[0], 1))
         return found.unflatten(0, (-1, len(CLASSES)))
 
 

@@ -128,9 +128,10 @@ class Temporal(Detector):
     @torch.no_grad()
     def frame_features(self, clips: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """`frame_outputs` float[B,T,...] of normalised clips float[B,T,3,H,W]; zeros where the mask is False."""
-        keep = torch.ones(clips.shape[:2], dtype=torch.bool, device=clips.device) if mask is None else mask
-        found = frame_outputs(self.spatial, clips[keep])[0]
-        return found.new_zeros(*keep.shape, found.shape[1]).masked_scatter(keep.unsqueeze(2), found)
+        if mask is None:  # not a mask of ones: torch.export has to know how many frames are looked at
+            return frame_outputs(self.spatial, clips.flatten(0, 1))[0].unflatten(0, clips.shape[:2])
+        found = frame_outputs(self.spatial, clips[mask])[0]
+        return found.new_zeros(*mask.shape, found.shape[1]).masked_scatter(mask.unsqueeze(2), found)
 
     def features(self, clips: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         return self.represent(self.frame_features(clips, mask), mask)
@@ -178,14 +179,15 @@ class GRU(Temporal):
         self.last = _last(2 * width)
 
     def represent(self, features: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        x, mask = self.tokens(features, mask)
-        # Packed, so that the backward direction starts at the clip's own end.
-        packed = nn.utils.rnn.pack_padded_sequence(
-            self.inputs(x), mask.sum(1).cpu(), batch_first=True, enforce_sorted=False
-        )
-        x, _ = nn.utils.rnn.pad_packed_sequence(self.gru(packed)[0], batch_first=True, total_length=x.shape[1])
-        peak = x.masked_fill(~mask.unsqueeze(2), -torch.inf).amax(1)
-        return torch.cat([masked_mean(x, mask), peak], 1)
+        x, keep = self.tokens(features, mask)
+        x = self.inputs(x)
+        if mask is not None:  # packed, so that the backward direction starts at the clip's own end
+            x = nn.utils.rnn.pack_padded_sequence(x, keep.sum(1).cpu(), batch_first=True, enforce_sorted=False)
+        x, _ = self.gru(x)
+        if mask is not None:
+            x, _ = nn.utils.rnn.pad_packed_sequence(x, batch_first=True, total_length=keep.shape[1])
+        peak = x.masked_fill(~keep.unsqueeze(2), -torch.inf).amax(1)
+        return torch.cat([masked_mean(x, keep), peak], 1)
 
 
 @register("transformer")
@@ -208,6 +210,6 @@ class Transformer(Temporal):
 
     def represent(self, features: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         x, mask = self.tokens(features, mask)
-        x = torch.cat([self.cls.expand(len(x), -1, -1), self.inputs(x) + self.positions[:, : x.shape[1]]], 1)
-        padding = torch.cat([mask.new_zeros(len(x), 1), ~mask], 1)
+        x = torch.cat([self.cls.expand(x.shape[0], -1, -1), self.inputs(x) + self.positions[:, : x.shape[1]]], 1)
+        padding = torch.cat([mask.new_zeros(x.shape[0], 1), ~mask], 1)
         return self.encoder(x, src_key_padding_mask=padding)[:, 0]
