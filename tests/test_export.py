@@ -295,6 +295,22 @@ def test_what_was_changed_is_refused(probe, tmp_path, form, monkeypatch):
         exported.opened(path)
 
 
+@pytest.mark.parametrize("length", [0, 1, 127, 128, 200, 300, 16383, 16384, 40000])
+def test_the_card_of_onnx_is_framed_as_protobuf_does(length):
+    entry = onnx.StringStringEntryProto(key="unmask.json", value="x" * length)
+    wanted = onnx.ModelProto(metadata_props=[entry]).SerializeToString()
+    assert exported._metadata(b"x" * length) == wanted
+
+
+def test_a_card_that_onnx_would_not_find_is_none(probe, tmp_path):
+    data = probe[2]["onnx"].read_bytes()
+    at = data.rfind(b"unmask.json")
+    for where in range(at - 4, at):  # its frame: number and length of the entry, number and length of the key
+        (tmp_path / "flipped").write_bytes(data[:where] + bytes([data[where] ^ 1]) + data[where + 1 :])
+        with pytest.raises(CheckpointError, match="is damaged or was not written"):
+            exported.opened(tmp_path / "flipped")
+
+
 def test_what_is_no_file_of_export_is_refused(probe, tmp_path):
     (tmp_path / "empty").touch()
     (tmp_path / "text").write_text("unmask.json {}")
