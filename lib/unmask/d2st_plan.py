@@ -5,6 +5,7 @@ A unit is a clip of a bank (see `clip_bank`), whole (t = -1) or one frame of it 
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import cycle, islice
 
 import numpy as np
 import pandas as pd
@@ -34,16 +35,17 @@ class Batch:
         return [*self.clips, *self.own, *self.images]
 
 
-def evenly(groups: list[np.ndarray], count: int, rng: np.random.Generator) -> list[int]:
-    """`count` members of `groups`, as many of each (the first ones get what is left over), every member once before any
-    comes again; in a random order."""
-    groups = [group for group in groups if len(group)]
-    drawn: list[int] = []
-    for k, group in enumerate(groups):
-        quota = count // len(groups) + (k < count % len(groups))
-        rounds = [rng.permutation(group) for _ in range(-(-quota // len(group)))]
-        drawn += [int(i) for i in np.concatenate(rounds)[:quota]] if quota else []
-    return [drawn[i] for i in rng.permutation(len(drawn))]
+def _deck(members: np.ndarray, rng: np.random.Generator) -> Iterator[int]:
+    """Members in a random order, every one once before any comes again; without end, unless there are none."""
+    while len(members):
+        yield from (int(member) for member in rng.permutation(members))
+
+
+def evenly(groups: list[np.ndarray], rng: np.random.Generator) -> Iterator[int]:
+    """Members of `groups`, which take turns in a random order; every member of a group once before any of it comes
+    again."""
+    decks = [_deck(group, rng) for group in groups]
+    return (next(decks[k]) for k in cycle(rng.permutation(len(decks))))
 
 
 def _cells(table: pd.DataFrame) -> list[np.ndarray]:
@@ -52,21 +54,28 @@ def _cells(table: pd.DataFrame) -> list[np.ndarray]:
     return [part.to_numpy() for _, part in table.index.to_series().groupby(keys, sort=True)]
 
 
-def _of_label(table: pd.DataFrame, label: int, count: int, made: float, rng: np.random.Generator) -> list[int]:
-    """Clips of one label: a share `made` of those that were made of real ones, if there are any, the rest media."""
-    own = table[table["label"] == label]
-    if own.empty:
-        raise ValueError(f"it has no {('real', 'fake')[label]} ones")
-    media, blends = own[own["kind"] == "medium"], own[own["kind"] != "medium"]
-    few = 0 if blends.empty else count if media.empty else round(made * count)
-    drawn = evenly(_cells(media), count - few, rng) + evenly(_cells(blends), few, rng)
-    return [drawn[i] for i in rng.permutation(len(drawn))]
+class _Balanced:
+    """Draws from clips in even measure: labels, and within each a share `made` of those that were made of real ones, if
+    there are any, the rest media. ValueError where a label has none."""
 
+    def __init__(self, table: pd.DataFrame, made: float, rng: np.random.Generator):
+        self.sources = []
+        for label in (0, 1):
+            own = table[table["label"] == label]
+            if own.empty:
+                raise ValueError(f"it has no {('real', 'fake')[label]} ones")
+            media = own["kind"] == "medium"
+            share = made if media.any() and not media.all() else float(not media.any())
+            self.sources.append((share, *(evenly(_cells(part), rng) for part in (own[~media], own[media]))))
 
-def _balanced(table: pd.DataFrame, count: int, made: float, rng: np.random.Generator) -> list[int]:
-    """`count` clips, reals and fakes in turn."""
-    halves = (_of_label(table, label, -(-count // 2), made, rng) for label in (0, 1))
-    return [clip for pair in zip(*halves, strict=True) for clip in pair][:count]
+    def draw(self, count: int) -> list[int]:
+        """`count` clips, reals and fakes in turn."""
+        found = [0] * count
+        for label, (share, made, media) in enumerate(self.sources):
+            half = len(found[label::2])
+            few = round(share * half)
+            found[label::2] = [*islice(made, few), *islice(media, half - few)]
+        return found
 
 
 def _frame(table: pd.DataFrame, clip: int, rng: np.random.Generator) -> tuple[int, int]:
@@ -79,24 +88,26 @@ def batches(
     """The batches of an epoch: `samples` images (stage 1) or clips, `batch` of them at a time, half of either label.
 
     table: `Clips.table` with columns kind, label, dataset, frames. made: share of either label that is made of real
-    media (self-blends and the like). Labels are balanced, and within a label data sets, modalities and kinds. In stage
-    3 every clip comes with one frame of its own and two other images. ValueError where a label has none.
+    media (self-blends and the like). Labels are balanced, and within a label data sets, modalities and kinds; within
+    each of these every clip comes once in the epoch before any comes again. In stage 3 every clip comes with one frame
+    of its own and two other images. ValueError where a label has none.
     """
     rng = np.random.default_rng([seed, 0xD257, stage, epoch])
-    images, clips = table[table["kind"].isin(CARRIED)], table[table["frames"] > 1]
+    images = _Balanced(table[table["kind"].isin(CARRIED)], made, rng) if stage != 2 else None
+    clips = _Balanced(table[table["frames"] > 1], made, rng) if stage != 1 else None
     found = []
     parts = -(-samples // batch)
     for part in np.array_split(np.arange(samples), parts):
         count = len(part)
         if stage == 1:
-            found.append(Batch(images=[_frame(table, c, rng) for c in _balanced(images, count, made, rng)]))
+            found.append(Batch(images=[_frame(table, c, rng) for c in images.draw(count)]))
             continue
-        chosen = _balanced(clips, count, made, rng)
+        chosen = clips.draw(count)
         if stage == 2:
             found.append(Batch(clips=[(c, -1) for c in chosen]))
             continue
         own = [_frame(table, c, rng) for c in chosen]
-        others = [_frame(table, c, rng) for c in _balanced(images, 2 * count, made, rng)]
+        others = [_frame(table, c, rng) for c in images.draw(2 * count)]
         found.append(Batch([(c, -1) for c in chosen], own, others))
     return found
 

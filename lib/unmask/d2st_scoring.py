@@ -41,7 +41,8 @@ def score(
     Of each medium the detector's number of frames is taken, evenly spread; an image gives the same in every look.
     workers: processes that compute what is not in the cache `faces.features`. KeyError for an unknown look.
     """
-    assert set(looks) <= set(LOOKS), looks
+    if unknown := set(looks) - set(LOOKS):
+        raise KeyError(f"there is no look {sorted(unknown)[0]!r}; known are {', '.join(LOOKS)}")
     detector, card = base.load_checkpoint(checkpoint)
     detector.to("cuda" if torch.cuda.is_available() else "cpu")
     spec = detector.input_spec

@@ -105,6 +105,9 @@ def _start(run: Run) -> tuple[AdaptedClip, str]:
     detector, card = base.load_checkpoint(run.init)
     if detector.name != run.name or card.get("stage") != run.stage - 1:
         raise TrainingError(f"{run.init} is not a checkpoint of stage {run.stage - 1} of {run.name}.")
+    keys, config = run.profile.d2st, detector.config
+    if other := next((name for name in config if name in keys and config[name] != keys[name]), None):
+        raise TrainingError(f"{run.init} has d2st.{other}={config[other]}, and the profile {keys[other]}.")
     return detector, card["sha256"]
 
 
@@ -145,7 +148,7 @@ def train(run: Run, out: str | os.PathLike) -> Path:
         # A processor computes these networks faster in float32 than in bfloat16.
         accelerator = Accelerator(mixed_precision=precision() if torch.cuda.is_available() else "no")
         detector, taken = _start(run)
-        used = [[fingerprint(rows), rows["label"].tolist()] for rows in _rows(run).values()]
+        used = [[fingerprint(rows), rows["label"].tolist(), rows["dataset"].tolist()] for rows in _rows(run).values()]
         source = source_hash(*SOURCES, sys.modules[__name__])
         key = digest([run.name, detector.config, asdict(options), run.profile.d2st.cache, taken, used, source])
         if finished(out, key):
