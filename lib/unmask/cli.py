@@ -11,6 +11,7 @@ from unmask.profile import Profile, ProfileError, load_profile, parse_changes
 VARIANTS = ("convnext", "convnext-fusion", "convnext-frequency", "residual")
 HEADS = ("mean", "gru", "transformer")
 CLIPS = ("ufd", "clip-nn", "lntune", "coop", "cocoop", "clip-adapter", "clip-finetune")
+ADAPTED = ("d2st", "st-adapter")
 LARE = "clip-lare:"  # and a cell of the fusion matrix, F0 to F5c, alone or followed by -text
 
 
@@ -113,7 +114,16 @@ def train(options: argparse.Namespace) -> int:
         raise ProfileError(f"--backbone is for {', '.join(HEADS)}; a CLIP is chosen by --set clip.backbone=NAME.")
     if options.lare and not fused:
         raise ProfileError(f"--lare is for {LARE}KIND.")
-    if options.detector in HEADS:
+    if (options.stage or options.init) and options.detector not in ADAPTED:
+        raise ProfileError(f"--stage and --init are for {' and '.join(ADAPTED)}.")
+    if options.detector in ADAPTED:
+        from unmask.d2st_training import Faces, Run, train
+
+        if not options.stage:
+            raise ProfileError(f"{options.detector} is trained in stages: name one by --stage 1, 2 or 3.")
+        faces = Faces(options.manifest, options.crops, options.features or Path(options.crops) / "clip-features")
+        out = train(Run(options.detector, options.stage, profile, faces, options.seed, options.init), options.out)
+    elif options.detector in HEADS:
         from unmask.temporal import train_head
 
         if not options.backbone:
@@ -129,7 +139,7 @@ def train(options: argparse.Namespace) -> int:
         from unmask.training import train_detector
 
         if options.features:
-            raise ProfileError(f"--features is for {', '.join((*HEADS, *CLIPS))} and {LARE}KIND.")
+            raise ProfileError(f"--features is for {', '.join((*HEADS, *CLIPS, *ADAPTED))} and {LARE}KIND.")
         out = train_detector(*given)
     print(f"Checkpoint: {out}")
     return 0
@@ -194,9 +204,9 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _detector(text: str) -> str:
-    if text not in (*VARIANTS, *HEADS, *CLIPS) and not text.startswith(LARE):
+    if text not in (*VARIANTS, *HEADS, *CLIPS, *ADAPTED) and not text.startswith(LARE):
         raise argparse.ArgumentTypeError(
-            f"there is no {text!r}; known are {', '.join((*VARIANTS, *HEADS, *CLIPS))} and {LARE}KIND"
+            f"there is no {text!r}; known are {', '.join((*VARIANTS, *HEADS, *CLIPS, *ADAPTED))} and {LARE}KIND"
         )
     return text
 
@@ -284,12 +294,15 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "detector", type=_detector, metavar="DETECTOR",
         help=f"on real faces and their self-blends: {', '.join((*VARIANTS, *HEADS))}; on labelled faces, over a CLIP: "
-        f"{', '.join(CLIPS)} and {LARE}KIND, KIND being F0 to F5c, alone or with -text",
+        f"{', '.join(CLIPS)} and {LARE}KIND, KIND being F0 to F5c, alone or with -text; in stages, adapters in a CLIP: "
+        f"{', '.join(ADAPTED)}",
     )  # fmt: skip
     sub.add_argument(
         "--backbone", metavar="CKPT_DIR", help=f"for {', '.join(HEADS)}: the detector of single frames, which stays"
     )
     sub.add_argument("--features", metavar="DIR", help="where its features are kept (default: beside the crops)")
+    sub.add_argument("--stage", type=int, choices=(1, 2, 3), help=f"for {', '.join(ADAPTED)}: images, clips, both")
+    sub.add_argument("--init", metavar="CKPT_DIR", help="for stages 2 and 3: the checkpoint of the stage before")
     sub.add_argument("--lare", metavar="DIR", help=f"for {LARE}KIND: the folder that `unmask lare --crops` filled")
     sub.add_argument("--manifest", required=True)
     sub.add_argument("--crops", required=True, help="the folder that `unmask preprocess` filled")

@@ -103,8 +103,8 @@ class Clips:
     size: pixels a side. frames: in a clip, at most; a medium with fewer crops gives clips of all of them, and one with
     a single crop, an image, clips of one frame. versions: of every clip; the frames of even versions are crops in a
     row, or every second one, from a random place; those of odd ones are spread evenly over all crops. 0: the one view
-    of evaluation, FIXED, of evenly spread frames. blends: make clips of real media, too, from the same frames: the
-    kinds of `clips.LABELS` in `recipe`, or for one frame, which has no time, `real` and `blend`.
+    of evaluation, FIXED, of crops in a row in the middle. blends: make clips of real media, too, from the same frames:
+    the kinds of `clips.LABELS` in `recipe`, or for one frame, which has no time, `real` and `blend`.
 
     table: a row per clip: item_id, kind ("medium": the medium itself), version, label, known (whether one knows where
     it was blended), dataset and group_id if the rows have them, frames (their number), start and end (numbers of the
@@ -147,9 +147,10 @@ def positions(count: int, frames: int, version: int, rng: np.random.Generator) -
     """Which of `count` crops in order make a clip of at most `frames`: int[T], rising. See `Clips`."""
     if count <= frames:
         return np.arange(count)
-    if version % 2:  # FIXED too
-        phase = 0.5 if version == FIXED else rng.random()
-        return ((np.arange(frames) + phase) * count / frames).astype(int)
+    if version == FIXED:
+        return (count - frames) // 2 + np.arange(frames)
+    if version % 2:
+        return ((np.arange(frames) + rng.random()) * count / frames).astype(int)
     stride = int(rng.choice([step for step in STRIDES if (frames - 1) * step < count]))
     start = int(rng.integers(count - (frames - 1) * stride))
     return start + stride * np.arange(frames)

@@ -27,7 +27,8 @@ TEACHER_FRAMES = 4  # of a clip, whose mean logit stands for those of all
 
 @dataclass(frozen=True)
 class Options:
-    """How one stage is trained: the profile's `d2st` keys for it, with the seed. terms: weight of each, by name."""
+    """How one stage is trained: the profile's `d2st` keys for it, with the seed. even_rates: all parts that learn do so
+    at the stage's rate, not at their RATES of it. terms: weight of each, by name."""
 
     stage: int
     seed: int
@@ -38,6 +39,7 @@ class Options:
     epochs: int
     batch: int
     lr: float
+    even_rates: bool
     weight_decay: float
     warmup: float
     ema: float
@@ -107,7 +109,8 @@ class Fitter:
         o = self.options
         for group in self.optimizer.param_groups:
             late = o.stage == 2 and epoch == 0 and group["part"] in LATE
-            group["lr"] = 0.0 if late else o.lr * RATES[o.stage][group["part"]] * rate
+            share = 1.0 if o.even_rates else RATES[o.stage][group["part"]]
+            group["lr"] = 0.0 if late else o.lr * share * rate
 
     def _learn(self, batch: Batch) -> dict[str, float]:
         """One step; the loss and its terms."""

@@ -5,6 +5,7 @@ what more frames add.
 """
 
 import os
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from unmask.clip_bank import Clips
 from unmask.clip_training import Faces
 from unmask.data.crops import CropStore
 from unmask.detectors import base
+from unmask.detectors.clip_d2st import AdaptedClip
 from unmask.evaluation import balanced_threshold, calibration_error
 from unmask.features import arranged
 from unmask.prefixes import Prefixes
@@ -38,17 +40,15 @@ def score(
 ) -> pd.DataFrame:
     """Score table of the media of index rows by a detector with adapters; frame is -1, `variant` tells the look.
 
-    Of each medium the detector's number of frames is taken, evenly spread; an image gives the same in every look.
+    Of each medium the detector's number of frames is taken from its middle; an image gives the same in every look.
     workers: processes that compute what is not in the cache `faces.features`. KeyError for an unknown look.
     """
     if unknown := set(looks) - set(LOOKS):
         raise KeyError(f"there is no look {sorted(unknown)[0]!r}; known are {', '.join(LOOKS)}")
     detector, card = base.load_checkpoint(checkpoint)
     detector.to("cuda" if torch.cuda.is_available() else "cpu")
-    spec = detector.input_spec
-    clips = Clips(CropStore(faces.crops), rows.assign(label=0), spec.size, spec.frames, versions=0)
-    cached = prefixes.of_clips(detector, clips, faces.features, workers)
-    found = [row for i in clips.table.index for row in _looks(detector, cached, i, looks)]
+    cached = _cached(detector, faces, rows, workers)
+    found = [row for i in cached.table.index for row in _looks(detector, cached, i, looks)]
     table = pd.DataFrame(found, columns=["item_id", "score", "variant"]).assign(
         frame=-1, detector=detector.name, seed=card["seed"], checkpoint=card["sha256"][:12]
     )
@@ -56,7 +56,24 @@ def score(
     return table.astype({"frame": "int32", "seed": "int32"})[columns]
 
 
-def _looks(detector, cached: Prefixes, i: int, looks: tuple[str, ...]) -> list[tuple[str, float, str]]:
+def warm(tasks: Sequence[tuple], workers: int) -> None:
+    """Compute what `score` of these arguments (checkpoint, faces, rows, ...) will find in the cache."""
+    done = set()
+    for checkpoint, faces, rows, *_ in tasks:
+        detector = base.load_checkpoint(checkpoint)[0]
+        key = detector.depth_key, faces, id(rows)
+        if key not in done:
+            _cached(detector, faces, rows, workers)
+            done.add(key)
+
+
+def _cached(detector: AdaptedClip, faces: Faces, rows: pd.DataFrame, workers: int) -> Prefixes:
+    spec = detector.input_spec
+    clips = Clips(CropStore(faces.crops), rows.assign(label=0), spec.size, spec.frames, versions=0)
+    return prefixes.of_clips(detector, clips, faces.features, workers)
+
+
+def _looks(detector: AdaptedClip, cached: Prefixes, i: int, looks: tuple[str, ...]) -> list[tuple[str, float, str]]:
     """One clip in several looks: item, P(fake), look."""
     item, count = cached.table.at[i, "item_id"], int(cached.table.at[i, "frames"])
     tokens = cached.tokens([i])[0].to(next(detector.parameters()).device)

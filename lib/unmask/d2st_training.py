@@ -71,7 +71,8 @@ def options_of(run: Run) -> Options:
     if stage not in STAGES:
         raise TrainingError(f"There are stages 1, 2 and 3, not {stage}.")
     staged = {name: keys[name][stage - 1] for name in ("samples", "epochs", "batch", "lr")}
-    alike = {name: keys[name] for name in ("frames", "versions", "blends", "weight_decay", "warmup", "ema")}
+    shared = ("frames", "versions", "blends", "even_rates", "weight_decay", "warmup", "ema")
+    alike = {name: keys[name] for name in shared}
     terms = {name: keys[name] for name in TERMS[stage]}
     return Options(stage, run.seed, **staged, **alike, recipe=run.profile.sbi.recipe, terms=terms)
 
@@ -82,7 +83,7 @@ def build(name: str, profile: Profile) -> AdaptedClip:
     config = {"backbone": profile.clip.backbone, "weights": profile.clip.weights or None}
     config |= {key: keys[key] for key in ("placement", "frames")}
     if name == "d2st":
-        config |= {key: keys[key] for key in ("mode", "backend", "pathways", "embedding")}
+        config |= {key: keys[key] for key in ("mode", "backend", "pathways", "embedding", "differences")}
     try:
         detector = base.build(name, **config)
     except ValueError as error:

@@ -31,13 +31,15 @@ from unmask.training import device
 def frame_images(store: CropStore, rows: pd.DataFrame, spec: base.InputSpec) -> np.ndarray:
     """The evaluation crops of index rows, uint8[N,S,S,3], S = spec.size: no augmentation.
 
-    The face with 12.5 % on every side or, if `spec.native`, the window of S pixels in its middle.
+    The face with 12.5 % on every side or, if `spec.native`, the window of S pixels in its middle. If `spec.still`, the
+    rows are those of one clip, and all are cut where its median landmarks say.
     """
     size = spec.size
     images = np.empty((len(rows), size, size, 3), np.uint8)
-    for i, row in enumerate(rows.to_dict("records")):
-        points = np.asarray(row["landmarks"], np.float32).reshape(-1, 2)
-        box = sbi.crop_box(points, side=size if spec.native else None)
+    found = [np.asarray(marks, np.float32).reshape(-1, 2) for marks in rows["landmarks"]]
+    middle = np.median(found, axis=0) if spec.still else None
+    for i, (row, points) in enumerate(zip(rows.to_dict("records"), found, strict=True)):
+        box = sbi.crop_box(points if middle is None else middle, side=size if spec.native else None)
         images[i] = sbi.crop(store.image(row), box, size)
     return images
 
@@ -90,11 +92,11 @@ def _score_frames(
 
 def _score_clips(detector: base.Detector, store: CropStore, index: pd.DataFrame) -> pd.DataFrame:
     """P(fake) of every item, frame -1: the mean over the windows of its crops in order."""
-    rows, cut = [], whole_windows if detector.exact_frames else windows
+    rows, cut, spec = [], whole_windows if detector.exact_frames else windows, detector.input_spec
     groups = index.groupby("item_id", sort=True)
     for name, part in track(groups, groups.ngroups, "scoring, clips"):
-        images = frame_images(store, part, detector.input_spec)
-        scores = [_probabilities(detector, images[None, w])[0] for w in cut(len(part), detector.input_spec.frames)]
+        clips = (frame_images(store, part.iloc[w], spec)[None] for w in cut(len(part), spec.frames))
+        scores = [_probabilities(detector, clip)[0] for clip in clips]
         rows.append((name, np.mean(scores)))
     return pd.DataFrame(rows, columns=["item_id", "score"]).astype({"score": float}).assign(frame=-1)
 

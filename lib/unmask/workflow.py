@@ -40,6 +40,11 @@ CHAPTERS = (
         keys=("sbi", "convnext", "train", "temporal", "evaluate", "preprocess", "seed", "seeds"),
     ),
     Chapter("07_clip_prompts", needs=("01_preprocessing",), keys=("clip", "preprocess", "evaluate", "seed", "seeds")),
+    Chapter(
+        "08_clip_d2st",
+        needs=("01_preprocessing",),
+        keys=("sbi", "clip", "d2st", "preprocess", "evaluate", "seed", "seeds"),
+    ),
     Chapter("09_cross_dataset", needs=("05_convnext",), keys=("evaluate",)),
     Chapter(
         "10_ablation",

@@ -28,7 +28,7 @@ class InputSpec:
     """What a detector wants to see: RGB crops of `size` pixels, 0..1, then (x - mean) / std; `frames` a clip.
 
     A crop is the face scaled to `size` or, if `native`, a window on it at the stored resolution: scaling blurs the
-    finest traces.
+    finest traces. If `still`, one cut serves all frames of a clip, so that nothing but the face moves.
     """
 
     size: int
@@ -36,6 +36,7 @@ class InputSpec:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     frames: int = 1
     native: bool = False
+    still: bool = False
 
 
 class Detector(nn.Module):

@@ -43,7 +43,7 @@ class AdaptedClip(ClipDetector):
             raise ValueError(f"placement is all or last-1 to last-{total} for {self.backbone.name}, not {placement!r}.")
         self.first, self.width = total - int(count), transformer.width
         self.config |= {"placement": placement, "frames": frames}
-        self.input_spec = replace(self.input_spec, frames=frames)
+        self.input_spec = replace(self.input_spec, frames=frames, still=True)
         self.adapters = nn.ModuleList(adapter(self.width) for _ in range(int(count)))
         self.linear = nn.Linear(self.backbone.dim, 1)
         nn.init.normal_(self.linear.weight, std=0.02)
@@ -106,18 +106,29 @@ class AdaptedClip(ClipDetector):
 
 @register("d2st")
 class D2ST(AdaptedClip):
-    """Deformable attention over space and time, apart (Pei et al., ICCV 2025). mode, backend, pathways, embedding: see
-    `D2STAdapter`; placement "all" is the publication's, the last four blocks cost a fraction of it."""
+    """Deformable attention over space and time, apart (Pei et al., ICCV 2025). mode, backend, pathways, embedding,
+    differences: see `D2STAdapter`; placement "all" is the publication's, the last four blocks cost a fraction of it."""
 
     def __init__(
         self, backbone: str | ClipBackbone, weights: str | None = None, fingerprint: str | None = None,
         placement: str = "last-4", frames: int = 12, mode: str = "aligned", backend: str = "gather",
-        pathways: Sequence[str] = ("spatial", "temporal"), embedding: bool = False,
+        pathways: Sequence[str] = ("spatial", "temporal"), embedding: bool = False, differences: float = 0.0,
     ):  # fmt: skip
         options = {"mode": mode, "backend": backend, "pathways": list(pathways), "embedding": embedding}
+        options["differences"] = differences
         adapter = partial(D2STAdapter, frames_max=frames, **options)
         super().__init__(backbone, weights, fingerprint, placement, frames, adapter)
         self.config |= options
+
+    @torch.no_grad()
+    def look(self, prefix: torch.Tensor) -> list[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+        """Where each adapter reads one clip, given its tokens float[T,1+g*g,width]: see `D2STAdapter.look`."""
+        blocks, tokens, found = self.backbone.model.visual.transformer.resblocks, prefix, []
+        for k, adapter in enumerate(self.adapters):
+            tokens = blocks[self.first + k](tokens) if k else tokens
+            found.append(adapter.look(tokens.unsqueeze(0)))
+            tokens = adapter.adapt(tokens, [(1, len(tokens))])
+        return found
 
 
 @register("st-adapter")

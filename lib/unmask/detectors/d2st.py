@@ -25,6 +25,7 @@ from torch import nn
 # Windows (time, height, width) from each of which a point is shifted, and their strides; as published.
 WINDOWS = {"spatial": ((4, 5, 5), (4, 3, 3)), "temporal": ((1, 7, 7), (1, 7, 7))}
 MODES, BACKENDS = ("aligned", "reference"), ("gather", "grid_sample")
+GAIN = 8.0  # of the difference between frames, which is a small part of what a frame holds
 POINTS = 256  # no axis has more reference points
 
 Shapes = Sequence[tuple[int, int]]
@@ -192,14 +193,16 @@ class D2STAdapter(nn.Module):
     dim: of tokens; frames_max: the longest clip; mode, see the module; backend: of the sampling, "gather" or
     "grid_sample", which agree; ratio: of the bottleneck's width to dim; groups: of channels in the attention; pathways:
     "spatial", "temporal" or both (without one, the bottleneck's tokens take its place); embedding: an embedding of the
-    frame's place in the clip enters (for ablation: an image is then no longer a still clip). Modes and back ends share
-    their weights. The published layer has GELUs behind both linear layers, which its figure does not show, and a bias
-    of keys, which softmax cancels. ValueError for what does not fit.
+    frame's place in the clip enters (for ablation: an image is then no longer a still clip); differences: share of the
+    channels that start as `start_with_differences` says. Modes and back ends share their weights. The published layer
+    has GELUs behind both linear layers, which its figure does not show, and a bias of keys, which softmax cancels.
+    ValueError for what does not fit.
     """
 
     def __init__(
         self, dim: int, frames_max: int = 32, mode: str = "aligned", backend: str = "gather", ratio: float = 0.25,
         groups: int = 4, pathways: Sequence[str] = ("spatial", "temporal"), embedding: bool = False,
+        differences: float = 0.0,
     ):  # fmt: skip
         super().__init__()
         width = int(dim * ratio)
@@ -223,6 +226,24 @@ class D2STAdapter(nn.Module):
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
         self.embedding = nn.Parameter(torch.zeros(frames_max, dim)) if embedding else None
+        self.start_with_differences(int(width * differences) // 2)
+
+    @torch.no_grad()
+    def start_with_differences(self, pairs: int) -> None:
+        """Let the first channels, two by two, be GAIN times what changes from the frame before to the frame after, and
+        the opposite: the GELU behind them makes its size of that.
+
+        Not in the publication: from a random start, size of change takes thousands of steps to be found. The output
+        is still nothing, and in "aligned" mode a still clip has no change.
+        """
+        for module in (self.down, self.positional):
+            module.weight[1 : 2 * pairs : 2] = module.weight[0 : 2 * pairs : 2]
+            module.bias[1 : 2 * pairs : 2] = module.bias[0 : 2 * pairs : 2]
+        filters, signs = self.positional.weight[: 2 * pairs, 0], torch.tensor([1.0, -1.0]).repeat(pairs)
+        filters.zero_()
+        filters[:, 1, 1, 1] = -1  # takes away the channel itself, which the convolution is added to
+        filters[:, 2, 1, 1], filters[:, 0, 1, 1] = GAIN * signs, -GAIN * signs
+        self.positional.bias[: 2 * pairs] = 0
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens of clips float[B,T,1+H*W,D], class token first, H = W, to the same shape.
