@@ -421,6 +421,21 @@ def test_a_training_that_diverges_ends_with_a_sentence(profile, faces, tmp_path,
         train(Run("d2st", 1, profile, faces, 0), tmp_path)
 
 
+def test_chains_side_by_side_share_what_is_computed_once(kept, profile, faces, tmp_path, monkeypatch):
+    def one_after_another(function, tasks, workers, label):
+        monkeypatch.setattr(prefixes, "_make_shard", lambda *given: pytest.fail("computed again"))
+        return [function(*task) for task in tasks]
+
+    falling(monkeypatch)
+    monkeypatch.setattr(training, "side_by_side", one_after_another)
+    fresh = replace(faces, features=tmp_path / "features")
+    first, second, other = (tmp_path / name for name in ("first", "second", "other"))
+    chain = {first: Run("d2st", 1, profile, fresh, 0), second: Run("d2st", 2, profile, fresh, 0, first)}
+    training.train_all([chain, {other: Run("st-adapter", 1, profile, fresh, 0)}], 0)
+    assert same(weights(first), weights(kept[1])) and same(weights(second), weights(kept[2]))
+    assert base.load_checkpoint(other)[0].name == "st-adapter"
+
+
 def test_nothing_global_is_drawn_from(profile, faces, tmp_path):
     torch.manual_seed(5)
     before = torch.get_rng_state()

@@ -8,7 +8,7 @@ batch, and the loss and its gradient are those of the whole batch.
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -39,7 +39,7 @@ from unmask.detectors import base, clip_backbone, clip_d2st, clip_prompts, d2st,
 from unmask.detectors.clip_d2st import AdaptedClip
 from unmask.learning import finished
 from unmask.pairs import TrainingError, fingerprint
-from unmask.parallel import side_by_side
+from unmask.parallel import in_turn, side_by_side
 from unmask.prefixes import LivePrefixes, Prefixes
 from unmask.profile import Profile, digest, source_hash
 from unmask.training import STATE, own_randomness, precision
@@ -168,12 +168,13 @@ def train(run: Run, out: str | os.PathLike) -> Path:
     return out
 
 
-def train_all(runs: Mapping[str | os.PathLike, Run], workers: int) -> None:
-    """`train` of several runs by folder, side by side; what their banks lack is computed first."""
+def train_all(chains: Sequence[Mapping[str | os.PathLike, Run]], workers: int) -> None:
+    """`train` of runs by folder, a chain's one after another, chains side by side; what banks lack first."""
     shared = {}
-    for run in runs.values():
+    for run in (next(iter(chain.values())) for chain in chains):
         keys = run.profile.d2st
         shared[run.faces, run.seed, keys.placement, keys.frames, keys.versions, keys.blends > 0] = run
     for run in shared.values():
-        banks(run, _start(run)[0], workers)
-    side_by_side(train, [(run, out) for out, run in runs.items()], workers, "training, runs")
+        banks(run, build(run.name, run.profile), workers)
+    tasks = [tuple((train, (run, out)) for out, run in chain.items()) for chain in chains]
+    side_by_side(in_turn, tasks, workers, "training, chains of stages")

@@ -19,6 +19,11 @@ def side_by_side(function: Callable, tasks: Sequence[tuple], workers: int, label
         return list(track(pool.map(_on_one_thread, [(function, task) for task in tasks]), len(tasks), label))
 
 
+def in_turn(*calls: tuple[Callable, tuple]) -> list:
+    """function(*arguments) of every call, one after another: a task for `side_by_side` of several parts."""
+    return [function(*arguments) for function, arguments in calls]
+
+
 def _on_one_thread(work: tuple[Callable, tuple]):
     function, arguments = work
     if not torch.cuda.is_available():
