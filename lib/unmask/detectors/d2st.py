@@ -25,7 +25,7 @@ from torch import nn
 # Windows (time, height, width) from each of which a point is shifted, and their strides; as published.
 WINDOWS = {"spatial": ((4, 5, 5), (4, 3, 3)), "temporal": ((1, 7, 7), (1, 7, 7))}
 MODES, BACKENDS = ("aligned", "reference"), ("gather", "grid_sample")
-GAIN = 8.0  # of the difference between frames, which is a small part of what a frame holds
+GAIN = 20.0  # of the difference between frames, which is a small part of what a frame holds
 POINTS = 256  # no axis has more reference points
 
 Shapes = Sequence[tuple[int, int]]
