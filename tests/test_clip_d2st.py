@@ -198,3 +198,23 @@ def test_another_tower_is_refused(tmp_path):
     other.model.visual.transformer.batch_first = False
     with pytest.raises(ValueError, match="not a ViT"):
         base.build("d2st", backbone=other)
+
+
+@torch.no_grad()
+def test_where_each_adapter_looks_is_where_it_reads(make):
+    detector, clip = make(), clips(6)[0]
+    prefix = detector.prefix(clip)
+    seen = []
+    handles = [
+        adapter.register_forward_pre_hook(lambda module, given: seen.append(given[0])) for adapter in detector.adapters
+    ]
+    tokens = detector.adapters[0](prefix[None])[0]
+    after = detector.adapters[1](detector.backbone.model.visual.transformer.resblocks[-1](tokens)[None])
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(after[0], detector.tokens(prefix, [(1, 6)]), atol=1e-5, rtol=1e-5)
+    for found, adapter, given in zip(detector.look(prefix), detector.adapters, seen, strict=True):
+        for path, (places, attention) in adapter.look(given).items():
+            torch.testing.assert_close(found[path][0], places, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(found[path][1], attention, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(attention.sum(-1), torch.ones(attention.shape[:-1]))

@@ -463,3 +463,22 @@ def test_what_does_not_fit_is_refused_with_a_sentence(arguments, shape, message)
     with pytest.raises(ValueError, match=message):
         adapter = D2STAdapter(32, **arguments)
         adapter(noise(*shape))
+
+
+@torch.no_grad()
+def test_channels_that_start_as_changes_between_frames():
+    torch.manual_seed(0)
+    adapter, tokens = D2STAdapter(32, differences=0.5), noise(1, 5, 17, 32)
+    assert torch.equal(adapter(tokens), tokens), "nothing is added at first"
+    hidden = adapter._bottleneck(tokens[0], [(1, 5)])
+    squeezed = torch.nn.functional.gelu(tokens[0, :, 1:] @ adapter.down.weight.T + adapter.down.bias)
+    for t in range(5):
+        change = d2st.GAIN * (squeezed[min(t + 1, 4)] - squeezed[max(t - 1, 0)])
+        for channel in range(4):  # of 8, in pairs of opposite sign
+            sign = 1 if channel % 2 == 0 else -1
+            torch.testing.assert_close(hidden[t, 1:, channel], sign * change[:, channel], atol=1e-4, rtol=1e-4)
+            assert torch.equal(squeezed[..., channel], squeezed[..., channel // 2 * 2])
+    still = adapter._bottleneck(tokens[0, :1].expand(5, -1, -1), [(1, 5)])
+    assert still[:, 1:, :4].abs().max() < 1e-4 < still[:, 1:, 4:].abs().max()
+    plain = D2STAdapter(32)
+    assert plain.positional.weight[:4, 0, 1, 1, 1].min() > -1, "as PyTorch starts it, if not asked for"

@@ -257,3 +257,15 @@ def test_a_native_detector_is_shown_unscaled_windows_in_the_middle_of_the_face(t
         image = store.image(row)
         around = [image[y + dy : y + dy + 24, x + dx : x + dx + 24] for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
         assert any(np.array_equal(window, one) for one in around)
+
+
+def test_a_still_cut_is_one_for_all_frames_of_a_clip(tiny_crops):
+    store, rows = CropStore(tiny_crops), read_index(tiny_crops).iloc[:3].reset_index(drop=True)
+    moved = [np.asarray(rows["landmarks"][0], np.float32) + shift for shift in (0, 2, 9)]  # the middle one decides
+    rows = rows.assign(landmarks=[list(points) for points in moved])
+    still = scoring.frame_images(store, rows, InputSpec(24, still=True))
+    for k, image in enumerate(still):
+        same = rows.iloc[[k]].assign(landmarks=[list(moved[1])])
+        assert np.array_equal(image, scoring.frame_images(store, same, InputSpec(24))[0])
+        if k != 1:
+            assert not np.array_equal(image, scoring.frame_images(store, rows.iloc[[k]], InputSpec(24))[0])

@@ -29,7 +29,7 @@ def draw_points(axes: Sequence, clip: np.ndarray, look: dict[str, tuple[torch.Te
                 size = 12 * weight[group].numpy()[near] * len(z)
                 marker, colour = MARKS[name]
                 x, y = ((axis[near] + 0.5) * cell for axis in (x, y))
-                ax.scatter(x, y, size, colour, marker, alpha=0.5, linewidths=0)
+                ax.scatter(x, y, size, colour, marker=marker, alpha=0.5, linewidths=0)
         ax.set(xlim=(0, clip.shape[1]), ylim=(clip.shape[1], 0))
 
 
