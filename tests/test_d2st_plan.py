@@ -16,9 +16,11 @@ def table(media=((0, "a", 4, 6), (0, "b", 4, 5), (0, "a", 1, 7), (1, "a", 4, 9),
     """Clips of (label, data set, frames, number of media), with those that are made of the real ones."""
     rows = []
     for label, dataset, frames, number in media:
-        for _ in range(number):
+        for medium in range(number):
+            item = f"{label}{dataset}{frames}-{medium}"
             kinds = {"medium": label} | ({} if label else MADE if frames > 1 else {"real": 0, "blend": 1})
-            rows += [{"kind": kind, "label": k, "dataset": dataset, "frames": frames} for kind, k in kinds.items()]
+            about = {"item_id": item, "version": 0, "dataset": dataset, "frames": frames}
+            rows += [about | {"kind": kind, "label": k} for kind, k in kinds.items()]
     return pd.DataFrame(rows)
 
 
@@ -175,3 +177,17 @@ def test_units_of_one_length_go_together():
     assert found == [[(2, 0), (3, 0), (0, 3), (1, 1), (1, 2)], [(1, -1)], [(4, -1)], [(0, -1)], [(2, -1)]]
     assert list(groups(units, lengths, 8))[1:] == [[(1, -1), (4, -1)], [(0, -1), (2, -1)]]
     assert list(groups([(0, -1)], lengths, 2)) == [[(0, -1)]], "a clip is never cut"
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_what_is_made_comes_with_its_twin(stage):
+    t = table()
+    for batch in batches(t, stage, 48, 16, 0.5, 3, 0):
+        for units in (batch.clips, batch.images):
+            made = [(clip, ts) for clip, ts in units if t.at[clip, "kind"] != "medium"]
+            reals, fakes = ([u for u in made if t.at[u[0], "label"] == label] for label in (0, 1))
+            assert len(reals) == len(fakes) == len(units) // 4
+            for (real, t0), (fake, t1) in zip(reals, fakes, strict=True):
+                assert t0 == t1 and t.at[real, "item_id"] == t.at[fake, "item_id"]
+                kinds = t.at[real, "kind"], t.at[fake, "kind"]
+                assert kinds in (("real", "blend"), ("steady", "varying"))

@@ -28,8 +28,7 @@ TEACHER_FRAMES = 4  # of a clip, whose mean logit stands for those of all
 @dataclass(frozen=True)
 class Options:
     """How one stage is trained: the profile's `d2st` keys for it, with the seed. even_rates: all parts that learn do so
-    at the stage's rate, not at their RATES of it. up_rate: of the adapters' last layers, relative to that: they start
-    at 0, and tokens are large. terms: weight of each, by name."""
+    at the stage's rate, not at their RATES of it. terms: weight of each, by name."""
 
     stage: int
     seed: int
@@ -41,7 +40,6 @@ class Options:
     batch: int
     lr: float
     even_rates: bool
-    up_rate: float
     weight_decay: float
     warmup: float
     ema: float
@@ -112,7 +110,6 @@ class Fitter:
         for group in self.optimizer.param_groups:
             late = o.stage == 2 and epoch == 0 and group["part"] in LATE
             share = 1.0 if o.even_rates else RATES[o.stage][group["part"]]
-            share *= o.up_rate if group["part"] == "up" else 1.0
             group["lr"] = 0.0 if late else o.lr * share * rate
 
     def _learn(self, batch: Batch) -> dict[str, float]:

@@ -22,8 +22,8 @@ TERMS = {
 }
 """The terms that every stage adds to the cross-entropy, by their names in the profile."""
 RATES = {
-    1: {"shared": 1.0, "up": 1.0, "spatial": 1.0, "head": 1.0},
-    2: {"temporal": 1.0, "shared": 0.25, "up": 0.25, "head": 0.25, "spatial": 0.1, "spatial offsets": 0.1},
+    1: {"shared": 1.0, "spatial": 1.0, "head": 1.0},
+    2: {"temporal": 1.0, "shared": 0.25, "head": 0.25, "spatial": 0.1, "spatial offsets": 0.1},
     3: {"norms": 1.0, "out": 1.0, "up": 1.0, "head": 1.0},
 }
 """Learning rate of each part of the weights, relative to the stage's; parts that are not here stay as they are."""
@@ -39,8 +39,6 @@ def part_of(name: str, stage: int) -> str:
     if stage == 3:
         kind = {"norm": "norms", "out": "out", "up": "up"}
         return next((kind[word] for word in inner.split(".")[:-1] if word in kind and "offsets" not in inner), "frozen")
-    if inner.startswith("up."):
-        return "up"
     if inner.startswith(("paths.temporal.", "time.")):  # `time` is an ST-Adapter's convolution
         return "temporal"
     if inner.startswith("paths.spatial."):

@@ -10,6 +10,8 @@ from itertools import cycle, islice
 import numpy as np
 import pandas as pd
 
+from unmask.clips import PAIRS
+
 CARRIED = ("medium", "real", "blend")
 """Kinds of clips whose label every single frame carries; `varying` and `steady` differ over time alone."""
 Units = list[tuple[int, int]]
@@ -54,32 +56,50 @@ def _cells(table: pd.DataFrame) -> list[np.ndarray]:
     return [part.to_numpy() for _, part in table.index.to_series().groupby(keys, sort=True)]
 
 
+def _partners(table: pd.DataFrame) -> dict[int, int]:
+    """For each clip that was made, the one made of the same frames with the other label: they differ in it alone."""
+    other = {kind: pair[1 - k] for pair in PAIRS for k, kind in enumerate(pair)}
+    made = table[table["kind"].isin(list(other))]
+    keys = list(zip(made["item_id"], made["version"], made["kind"], strict=True))
+    numbers = dict(zip(keys, made.index, strict=True))
+    return {number: numbers[item, version, other[kind]] for (item, version, kind), number in numbers.items()}
+
+
 class _Balanced:
     """Draws from clips in even measure: labels, and within each a share `made` of those that were made of real ones, if
-    there are any, the rest media. ValueError where a label has none."""
+    there are any, the rest media. ValueError where a label has none.
+
+    Made clips come as pairs, so that what they share cancels out of the gradient: the label is what is left to learn.
+    """
 
     def __init__(self, table: pd.DataFrame, made: float, rng: np.random.Generator):
-        self.sources = []
+        media = table["kind"] == "medium"
+        self.partners, self.shares, self.media = _partners(table), [], []
         for label in (0, 1):
-            own = table[table["label"] == label]
-            if own.empty:
+            own = table["label"] == label
+            if not own.any():
                 raise ValueError(f"it has no {('real', 'fake')[label]} ones")
-            media = own["kind"] == "medium"
-            share = made if media.any() and not media.all() else float(not media.any())
-            self.sources.append((share, *(evenly(_cells(part), rng) for part in (own[~media], own[media]))))
+            some, all_made = (own & ~media).any(), not (own & media).any()
+            self.shares.append(1.0 if all_made else made if some else 0.0)
+            self.media.append(evenly(_cells(table[own & media]), rng))
+        self.fakes = evenly(_cells(table[~media & (table["label"] == 1)]), rng)
 
     def draw(self, count: int) -> list[int]:
         """`count` clips, reals and fakes in turn."""
         found = [0] * count
-        for label, (share, made, media) in enumerate(self.sources):
-            half = len(found[label::2])
-            few = round(share * half)
-            found[label::2] = [*islice(made, few), *islice(media, half - few)]
+        halves = [len(found[label::2]) for label in (0, 1)]
+        few = [round(share * half) for share, half in zip(self.shares, halves, strict=True)]
+        fakes = list(islice(self.fakes, max(few)))
+        made = [self.partners[clip] for clip in fakes[: few[0]]], fakes[: few[1]]
+        for label, media in enumerate(self.media):
+            found[label::2] = [*made[label], *islice(media, halves[label] - few[label])]
         return found
 
 
-def _frame(table: pd.DataFrame, clip: int, rng: np.random.Generator) -> tuple[int, int]:
-    return clip, int(rng.integers(table.at[clip, "frames"]))
+def _frames(table: pd.DataFrame, clips: list[int], rng: np.random.Generator) -> Units:
+    """A frame of each clip; of a pair of clips, made of the same frames, the same one."""
+    places = rng.random(-(-len(clips) // 2)).repeat(2)
+    return [(clip, int(place * table.at[clip, "frames"])) for clip, place in zip(clips, places, strict=False)]
 
 
 def batches(
@@ -87,10 +107,10 @@ def batches(
 ) -> list[Batch]:
     """The batches of an epoch: `samples` images (stage 1) or clips, `batch` of them at a time, half of either label.
 
-    table: `Clips.table` with columns kind, label, dataset, frames. made: share of either label that is made of real
-    media (self-blends and the like). Labels are balanced, and within a label data sets, modalities and kinds; within
-    each of these every clip comes once in the epoch before any comes again. In stage 3 every clip comes with one frame
-    of its own and two other images. ValueError where a label has none.
+    table: `Clips.table` with columns item_id, version, kind, label, dataset, frames. made: share of either label that
+    is made of real media (self-blends and the like). Labels are balanced, and within a label data sets, modalities and
+    kinds; within each of these every clip comes once in the epoch before any comes again. In stage 3 every clip comes
+    with one frame of its own and two other images. ValueError where a label has none.
     """
     rng = np.random.default_rng([seed, 0xD257, stage, epoch])
     images = _Balanced(table[table["kind"].isin(CARRIED)], made, rng) if stage != 2 else None
@@ -100,14 +120,14 @@ def batches(
     for part in np.array_split(np.arange(samples), parts):
         count = len(part)
         if stage == 1:
-            found.append(Batch(images=[_frame(table, c, rng) for c in images.draw(count)]))
+            found.append(Batch(images=_frames(table, images.draw(count), rng)))
             continue
         chosen = clips.draw(count)
         if stage == 2:
             found.append(Batch(clips=[(c, -1) for c in chosen]))
             continue
-        own = [_frame(table, c, rng) for c in chosen]
-        others = [_frame(table, c, rng) for c in images.draw(2 * count)]
+        own = _frames(table, chosen, rng)
+        others = _frames(table, images.draw(2 * count), rng)
         found.append(Batch([(c, -1) for c in chosen], own, others))
     return found
 

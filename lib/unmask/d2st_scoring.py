@@ -14,6 +14,8 @@ import torch
 from unmask import prefixes, sbi
 from unmask.clip_bank import Clips
 from unmask.clip_training import Faces
+from unmask.d2st_fitting import FRAMES_AT_ONCE
+from unmask.d2st_plan import groups
 from unmask.data.crops import CropStore
 from unmask.detectors import base
 from unmask.detectors.clip_d2st import AdaptedClip
@@ -28,43 +30,50 @@ LOOKS = {
     "shuffled": "all frames together, in a random order",
     "frozen": "the middle frame in place of all",
 }
+COLUMNS = ["item_id", "frame", "score", "detector", "variant", "seed", "checkpoint"]
 
 
-@torch.no_grad()
+Part = tuple[Faces, pd.DataFrame, Sequence[str]]
+"""Where faces are, index rows of the media to score, and the looks at them."""
+
+
 def score(
-    checkpoint: str | os.PathLike,
-    faces: Faces,
-    rows: pd.DataFrame,
-    looks: tuple[str, ...] = ("image", "frames", "clip"),
-    workers: int = 0,
+    checkpoint: str | os.PathLike, faces: Faces, rows: pd.DataFrame, looks: Sequence[str] = ("image", "frames", "clip")
 ) -> pd.DataFrame:
     """Score table of the media of index rows by a detector with adapters; frame is -1, `variant` tells the look.
 
     Of each medium the detector's number of frames is taken from its middle; an image gives the same in every look.
-    workers: processes that compute what is not in the cache `faces.features`. KeyError for an unknown look.
+    KeyError for an unknown look.
     """
-    if unknown := set(looks) - set(LOOKS):
-        raise KeyError(f"there is no look {sorted(unknown)[0]!r}; known are {', '.join(LOOKS)}")
+    return score_parts(checkpoint, [(faces, rows, looks)])[0]
+
+
+@torch.no_grad()
+def score_parts(checkpoint: str | os.PathLike, parts: Sequence[Part]) -> list[pd.DataFrame]:
+    """`score` of several parts by one detector, which is loaded once."""
     detector, card = base.load_checkpoint(checkpoint)
     detector.to("cuda" if torch.cuda.is_available() else "cpu")
-    cached = _cached(detector, faces, rows, workers)
-    found = [row for i in cached.table.index for row in _looks(detector, cached, i, looks)]
-    table = pd.DataFrame(found, columns=["item_id", "score", "variant"]).assign(
-        frame=-1, detector=detector.name, seed=card["seed"], checkpoint=card["sha256"][:12]
-    )
-    columns = ["item_id", "frame", "score", "detector", "variant", "seed", "checkpoint"]
-    return table.astype({"frame": "int32", "seed": "int32"})[columns]
+    run = {"detector": detector.name, "seed": np.int32(card["seed"]), "checkpoint": card["sha256"][:12]}
+    tables = []
+    for faces, rows, looks in parts:
+        if unknown := set(looks) - set(LOOKS):
+            raise KeyError(f"there is no look {sorted(unknown)[0]!r}; known are {', '.join(LOOKS)}")
+        cached = _cached(detector, faces, rows, 0)
+        found = np.empty((len(cached.table), len(looks)))
+        lengths = cached.table["frames"].to_numpy()
+        for batch in groups([(i, -1) for i in cached.table.index], lengths, FRAMES_AT_ONCE):
+            numbers = [i for i, _ in batch]
+            found[numbers] = _looked_at(detector, cached, numbers, looks)
+        items = cached.table["item_id"].repeat(len(looks)).to_numpy()
+        table = pd.DataFrame({"item_id": items, "frame": np.int32(-1), "score": found.ravel()})
+        tables.append(table.assign(variant=[*looks] * len(found), **run)[COLUMNS].astype({"seed": "int32"}))
+    return tables
 
 
-def warm(tasks: Sequence[tuple], workers: int) -> None:
-    """Compute what `score` of these arguments (checkpoint, faces, rows, ...) will find in the cache."""
-    done = set()
-    for checkpoint, faces, rows, *_ in tasks:
-        detector = base.load_checkpoint(checkpoint)[0]
-        key = detector.depth_key, faces, id(rows)
-        if key not in done:
-            _cached(detector, faces, rows, workers)
-            done.add(key)
+def warm(detector: AdaptedClip, parts: Sequence[Part], workers: int) -> None:
+    """Compute what `score_parts` will find in the cache, for all detectors on this CLIP with as many adapters."""
+    for faces, rows, _ in parts:
+        _cached(detector, faces, rows, workers)
 
 
 def _cached(detector: AdaptedClip, faces: Faces, rows: pd.DataFrame, workers: int) -> Prefixes:
@@ -73,27 +82,26 @@ def _cached(detector: AdaptedClip, faces: Faces, rows: pd.DataFrame, workers: in
     return prefixes.of_clips(detector, clips, faces.features, workers)
 
 
-def _looks(detector: AdaptedClip, cached: Prefixes, i: int, looks: tuple[str, ...]) -> list[tuple[str, float, str]]:
-    """One clip in several looks: item, P(fake), look."""
-    item, count = cached.table.at[i, "item_id"], int(cached.table.at[i, "frames"])
-    tokens = cached.tokens([i])[0].to(next(detector.parameters()).device)
-
-    def judged(frames: torch.Tensor, together: bool) -> float:
-        shape = (1, len(frames)) if together else (len(frames), 1)
-        pooled = detector.embed(frames, [shape])
-        features = pooled.mean(0, keepdim=True) if together else pooled
-        return float(torch.sigmoid(detector.head(features).double()).mean())
-
+def _looked_at(detector: AdaptedClip, cached: Prefixes, numbers: list[int], looks: Sequence[str]) -> np.ndarray:
+    """P(fake) float64[B,looks] of clips of one length."""
+    tokens = cached.tokens(numbers).to(next(detector.parameters()).device)
+    count, items = tokens.shape[1], cached.table["item_id"]
     found = []
     for look in looks:
-        if look in ("image", "frames"):
-            frames = tokens[count // 2 : count // 2 + 1] if look == "image" else tokens
-            found.append((item, judged(frames, together=False), look))
+        if look == "image":
+            clips, alone = tokens[:, count // 2][:, None], True
+        elif look in ("frames", "clip"):
+            clips, alone = tokens, look == "frames"
         else:
-            order = {"clip": "in order"}.get(look, look)
-            where = arranged(np.arange(count), order, sbi.sample_rng(0, item, 0, 0))
-            found.append((item, judged(tokens[torch.from_numpy(where)], together=True), look))
-    return found
+            orders = [arranged(np.arange(count), look, sbi.sample_rng(0, items[i], 0, 0)) for i in numbers]
+            at = torch.from_numpy(np.stack(orders)).to(tokens.device)
+            clips, alone = tokens[torch.arange(len(numbers), device=tokens.device)[:, None], at], False
+        b, t = clips.shape[:2]
+        pooled = detector.embed(clips.flatten(0, 1), [(b * t, 1) if alone else (b, t)]).unflatten(0, (b, t))
+        features = pooled if alone else pooled.mean(1, keepdim=True)
+        logits = detector.head(features.flatten(0, 1)).double().unflatten(0, features.shape[:2])
+        found.append(torch.sigmoid(logits).mean((1, 2)).cpu().numpy())
+    return np.stack(found, 1)
 
 
 def agreement(val: pd.DataFrame, test: pd.DataFrame) -> pd.DataFrame:

@@ -71,7 +71,7 @@ def options_of(run: Run) -> Options:
     if stage not in STAGES:
         raise TrainingError(f"There are stages 1, 2 and 3, not {stage}.")
     staged = {name: keys[name][stage - 1] for name in ("samples", "epochs", "batch", "lr")}
-    shared = ("frames", "versions", "blends", "even_rates", "up_rate", "weight_decay", "warmup", "ema")
+    shared = ("frames", "versions", "blends", "even_rates", "weight_decay", "warmup", "ema")
     alike = {name: keys[name] for name in shared}
     terms = {name: keys[name] for name in TERMS[stage]}
     return Options(stage, run.seed, **staged, **alike, recipe=run.profile.sbi.recipe, terms=terms)
