@@ -395,6 +395,10 @@ def test_where_a_stage_begins(kept, profile, faces, tmp_path):
         begin(init=kept[1], pathways=["spatial"])
     with pytest.raises(TrainingError, match="cannot be built .* placement"):
         begin(stage=1, placement="last-9")
+    with pytest.raises(TrainingError, match="Stage 1 begins with the CLIP alone"):
+        begin(stage=1, init=kept[1])
+    with pytest.raises(TrainingError, match="needs four frames, stage 1 learns from one"):
+        begin(stage=1, mode="reference")
     assert not (tmp_path / "out").exists()
 
 

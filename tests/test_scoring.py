@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+import tiny_clips
 import torch
 from conftest import SHARED, tiny_profile
 
@@ -269,3 +270,15 @@ def test_a_still_cut_is_one_for_all_frames_of_a_clip(tiny_crops):
         assert np.array_equal(image, scoring.frame_images(store, same, InputSpec(24))[0])
         if k != 1:
             assert not np.array_equal(image, scoring.frame_images(store, rows.iloc[[k]], InputSpec(24))[0])
+
+
+def test_single_frames_are_cut_one_by_one_also_for_a_detector_of_still_clips(tiny_crops, tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        detector = base.build("d2st", backbone=tiny_clips.write(tmp_path), placement="last-1", frames=1).eval()
+        detector.linear.weight.data += torch.randn(detector.linear.weight.shape)
+    store, index = CropStore(tiny_crops), read_index(tiny_crops)
+    together = scoring.score_crops(detector, store, index).set_index(["item_id", "frame"])["score"]
+    for name, part in list(index.groupby("item_id"))[:3]:
+        alone = scoring.score_crops(detector, store, part).set_index(["item_id", "frame"])["score"]
+        assert alone.to_dict() == pytest.approx(together.loc[[name]].to_dict(), abs=1e-5)

@@ -62,10 +62,6 @@ class Step(nn.Module):
             if not name.startswith("detector.backbone."):
                 parameter.requires_grad_(part_of(name, stage) in RATES[stage])
 
-    def train(self, mode: bool = True) -> "Step":
-        """Only the adapters know a mode; the CLIP stays in evaluation."""
-        return super().train(mode)
-
     def forward(self, prefix: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
         """Tokens float[F,L,D] of units (see `d2st_plan`) to what the losses need.
 

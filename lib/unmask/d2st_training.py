@@ -10,11 +10,12 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import pandas as pd
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import nn
 
 from unmask import (
@@ -50,6 +51,7 @@ SOURCES = (
     clip_backbone, clip_prompts, clip_d2st, d2st, st_adapter, base,
 )  # fmt: skip
 ALL = 10**9  # crops of a medium
+PATIENCE = timedelta(hours=24)
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ def options_of(run: Run) -> Options:
 def build(name: str, profile: Profile) -> AdaptedClip:
     """A new detector on the profile's CLIP; the temporal pathway adds nothing yet. TrainingError if it cannot be."""
     keys = profile.d2st
+    if name == "d2st" and keys.mode == "reference":
+        raise TrainingError("The published layer needs four frames, stage 1 learns from one: set d2st.mode=aligned.")
     config = {"backbone": profile.clip.backbone, "weights": profile.clip.weights or None}
     config |= {key: keys[key] for key in ("placement", "frames")}
     if name == "d2st":
@@ -97,6 +101,8 @@ def build(name: str, profile: Profile) -> AdaptedClip:
 
 def _start(run: Run) -> tuple[AdaptedClip, str]:
     """The detector that a stage begins with, and the hash of the weights that it takes over."""
+    if run.stage == 1 and run.init is not None:
+        raise TrainingError("Stage 1 begins with the CLIP alone: leave out --init.")
     if run.stage == 1:
         return build(run.name, run.profile), ""
     if run.init is None:
@@ -147,7 +153,9 @@ def train(run: Run, out: str | os.PathLike) -> Path:
     out, options = Path(out), options_of(run)
     with own_randomness(run.seed):
         # A processor computes these networks faster in float32 than in bfloat16.
-        accelerator = Accelerator(mixed_precision=precision() if torch.cuda.is_available() else "no")
+        half = precision() if torch.cuda.is_available() else "no"
+        # The others wait while one computes what goes into the cache, which takes longer than the usual ten minutes.
+        accelerator = Accelerator(mixed_precision=half, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
         detector, taken = _start(run)
         used = [[fingerprint(rows), rows["label"].tolist(), rows["dataset"].tolist()] for rows in _rows(run).values()]
         source = source_hash(*SOURCES, sys.modules[__name__])
@@ -156,8 +164,9 @@ def train(run: Run, out: str | os.PathLike) -> Path:
             return out
         detector.to(accelerator.device)
         with accelerator.main_process_first():  # the others find what it computed
-            found = banks(run, detector, 0)
+            found = banks(run, detector, run.profile.workers)
         history = Fitter(accelerator, detector, found, options, out / STATE, key).run(out.name)
+    accelerator.wait_for_everyone()  # another may still be reading the state that is removed below
     if accelerator.is_main_process:
         base.save_checkpoint(
             detector, out, training_key=key, seed=run.seed, stage=run.stage, options=asdict(options), history=history,

@@ -75,7 +75,7 @@ def _score_frames(
     detector: base.Detector, store: CropStore, index: pd.DataFrame, batch: int, lare: str | os.PathLike | None
 ) -> pd.DataFrame:
     """P(fake) of every crop and, with frame -1, of every item (mean over its frames)."""
-    probabilities = []
+    probabilities, spec = [], replace(detector.input_spec, still=False)  # each frame is a clip of its own
     views = Views(store, index, detector.input_spec.size, 0, lare) if detector.extras else None
     for start in track(range(0, len(index), batch), label="scoring, batches"):
         rows, extras = range(start, min(start + batch, len(index))), {}
@@ -83,7 +83,7 @@ def _score_frames(
             samples = default_collate([views[FIXED, i, 0] for i in rows])
             images, extras = samples["image"].numpy(), {name: samples[name].unsqueeze(1) for name in detector.extras}
         else:
-            images = frame_images(store, index.iloc[rows], detector.input_spec)
+            images = frame_images(store, index.iloc[rows], spec)
         probabilities.append(_probabilities(detector, images[:, None], extras))
     frames = index[["item_id", "frame"]].assign(score=np.concatenate(probabilities) if probabilities else np.empty(0))
     clips = frames.groupby("item_id", as_index=False)["score"].mean().assign(frame=-1)
