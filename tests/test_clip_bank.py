@@ -71,7 +71,7 @@ def test_without_made_clips_and_the_view_of_evaluation(data):
     fixed = Clips(store, rows, SIZE, 4, versions=0).table
     assert fixed["item_id"].tolist() == list("abcde") and set(fixed["kind"]) == {"medium"}
     assert set(fixed["version"]) == {FIXED}
-    assert fixed[["start", "end"]].to_numpy().tolist() == [[1, 7], [1, 7], [0, 2], [0, 0], [0, 0]]
+    assert fixed[["start", "end"]].to_numpy().tolist() == [[2, 5], [2, 5], [0, 2], [0, 0], [0, 0]]
 
 
 def test_clips_of_one_frame_have_no_kinds_that_only_time_tells_apart(data):
@@ -92,8 +92,7 @@ def test_which_frames():
         assert all(11 * k // 4 <= at <= -(-11 * (k + 1) // 4) - 1 for k, at in enumerate(found)), "one of each part"
         assert set(np.diff(found)) <= {2, 3}
     assert len(odd) > 3
-    middles = [int((k + 0.5) * 11 / 4) for k in range(4)]
-    assert positions(11, 4, FIXED, None).tolist() == middles == [1, 4, 6, 9]
+    assert positions(11, 4, FIXED, None).tolist() == [3, 4, 5, 6], "in a row in the middle"
     assert {tuple(positions(6, 4, 0, np.random.default_rng(s))) for s in range(60)} == {
         (0, 1, 2, 3), (1, 2, 3, 4), (2, 3, 4, 5)
     }, "too few crops for every second one"  # fmt: skip

@@ -18,7 +18,7 @@ from unmask import d2st_fitting, prefixes
 from unmask import d2st_training as training
 from unmask.clip_training import Faces
 from unmask.d2st_fitting import Fitter
-from unmask.d2st_training import Run, banks, build, options_of, train
+from unmask.d2st_training import Run, banks, build, new_accelerator, options_of, train
 from unmask.data.manifest import read_manifest, write_manifest
 from unmask.detectors import base
 from unmask.pairs import TrainingError
@@ -187,7 +187,7 @@ def fitter(stage, profile, faces, init=None, head=0.0):
         for parameter in detector.adapters.parameters():
             parameter.data += 0.2 * torch.randn(parameter.shape)
         detector.linear.weight.data += head * 0.2 * torch.randn(detector.linear.weight.shape)
-        own, state = Accelerator(mixed_precision="no"), faces.features / "none"
+        own, state = new_accelerator(), faces.features / "none"
         return Fitter(own, detector, banks(run, detector, 0), options_of(run), state, "")
 
 

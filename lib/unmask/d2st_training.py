@@ -16,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import AutocastKwargs
 from torch import nn
 
 from unmask import (
@@ -144,6 +145,14 @@ def banks(run: Run, detector: AdaptedClip, workers: int) -> dict[str, Prefixes |
     return found
 
 
+def new_accelerator() -> Accelerator:
+    """In float32 on a processor, which computes these networks slower in bfloat16, though Accelerate, which wants one
+    precision for all trainings of a process, is told what the others are told. Processes wait long for each other:
+    while one computes what goes into the cache."""
+    handlers = [AutocastKwargs(enabled=torch.cuda.is_available()), InitProcessGroupKwargs(timeout=PATIENCE)]
+    return Accelerator(mixed_precision=precision(), kwargs_handlers=handlers)
+
+
 def train(run: Run, out: str | os.PathLike) -> Path:
     """Train one stage and leave the checkpoint of the epoch with the lowest validation loss in `out`; returns `out`.
 
@@ -152,10 +161,7 @@ def train(run: Run, out: str | os.PathLike) -> Path:
     """
     out, options = Path(out), options_of(run)
     with own_randomness(run.seed):
-        # A processor computes these networks faster in float32 than in bfloat16.
-        half = precision() if torch.cuda.is_available() else "no"
-        # The others wait while one computes what goes into the cache, which takes longer than the usual ten minutes.
-        accelerator = Accelerator(mixed_precision=half, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+        accelerator = new_accelerator()
         detector, taken = _start(run)
         used = [[fingerprint(rows), rows["label"].tolist(), rows["dataset"].tolist()] for rows in _rows(run).values()]
         source = source_hash(*SOURCES, sys.modules[__name__])
