@@ -74,7 +74,7 @@ class _Balanced:
 
     def __init__(self, table: pd.DataFrame, made: float, rng: np.random.Generator):
         media = table["kind"] == "medium"
-        self.partners, self.shares, self.media = _partners(table), [], []
+        self.shares, self.media = [], []
         for label in (0, 1):
             own = table["label"] == label
             if not own.any():
@@ -82,6 +82,7 @@ class _Balanced:
             some, all_made = (own & ~media).any(), not (own & media).any()
             self.shares.append(1.0 if all_made else made if some else 0.0)
             self.media.append(evenly(_cells(table[own & media]), rng))
+        self.partners = _partners(table)
         self.fakes = evenly(_cells(table[~media & (table["label"] == 1)]), rng)
 
     def draw(self, count: int) -> list[int]:
