@@ -322,7 +322,12 @@ def score(
     known = set(items) & set(features.index)
     index = index[index["item_id"].isin(known)].sort_values(["item_id", "frame"], ignore_index=True)
     labels = pd.read_parquet(out / LABELS_FILE).set_index("item_id")
-    evidence = CameraEvidence.load(out).table(fingerprints, clusters[clusters["item_id"].isin(set(index["item_id"]))])
+    cameras, learned = CameraEvidence.load(out), labels.index[labels["split"] != "test"].intersection(list(known))
+    others = known - set(learned)
+    # Fingerprints of cameras hold the videos that stage 1 learned from; for those stands what the others say of them.
+    told = features.loc[learned, ["cluster", CUE]].rename(columns={"cluster": "camera"})
+    told["logit"] = cameras.logits(features.loc[learned])
+    evidence = pd.concat([cameras.table(fingerprints, clusters[clusters["item_id"].isin(others)]), told])
     rows = []
     for seed in seeds:
         for name, column in (("cue", "cue"), ("traces", "traces"), ("pseudo", "p_fake")):
