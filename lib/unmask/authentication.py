@@ -45,7 +45,6 @@ def authenticate(
     if np.isnan(judge.threshold):
         raise base.CheckpointError(f"{model} has no threshold of seed {seed} yet; run stage 3 to its end.")
     card = base.read_checkpoint(unsupervised.stage_folder(model, 3, seed))[1]
-    start = contrastive.starting_network(unsupervised.network(profile), profile.unsupervised.init, profile.seed)
     paths = list(expand(media))
     with tempfile.TemporaryDirectory() as folder:
         manifest, crops = Path(folder) / "manifest.parquet", Path(folder) / "crops"
@@ -54,13 +53,7 @@ def authenticate(
         chosen = locator or best_locator()
         _warn(chosen, model, seed)
         items = preprocess(manifest, crops, locator=chosen, workers=workers, **card["preprocessing"])
-        store, index = CropStore(crops), read_index(crops)
-        index = index.sort_values(["item_id", "frame"], ignore_index=True)
-        evidence = _cameras(df, paths, crops, model, profile, workers)
-        found = pd.DataFrame(columns=[*judge.VARIANTS, *unsupervised.STEPS], dtype=float)
-        if len(index):
-            features = unsupervised.measure_crops(index, store, start, workers).set_index("item_id")
-            found = judge(store, index, features, evidence["logit"])
+        found, evidence = judge_crops(judge, df, paths, crops, model, profile, workers)
     table = df[["item_id"]].assign(path=[printable(p) for p in paths]).merge(items, on="item_id", how="left")
     table = table.join(found, on="item_id")
     table["filmed_by"] = table["item_id"].map(evidence["camera"]).fillna(UNATTRIBUTED).astype(int)
@@ -71,7 +64,29 @@ def authenticate(
     return table[shown]
 
 
-def _cameras(df: pd.DataFrame, paths: list[Path], crops: Path, model, profile: Profile, workers: int) -> pd.DataFrame:
+def judge_crops(
+    judge: unsupervised.Judge, df: pd.DataFrame, paths: list[Path], crops: Path, model: str | os.PathLike,
+    profile: Profile, workers: int = 1,
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # fmt: skip
+    """What the judge says of the media in `df`, and what the cameras of its training videos say of them.
+
+    paths: theirs, in its order; crops: the folder of their crops. Returns P(fake) by `Judge.VARIANTS` with inter-frame
+    steps, and the table of `CameraEvidence`; index item_id, media without a face or a fingerprint are missing.
+    """
+    start = contrastive.starting_network(unsupervised.network(profile), profile.unsupervised.init, profile.seed)
+    store, index = CropStore(crops), read_index(crops)
+    index = index.sort_values(["item_id", "frame"], ignore_index=True)
+    evidence = _cameras(df, paths, crops, model, profile, workers)
+    found = pd.DataFrame(columns=[*judge.VARIANTS, *unsupervised.STEPS], dtype=float)
+    if len(index):
+        features = unsupervised.measure_crops(index, store, start, workers).set_index("item_id")
+        found = judge(store, index, features, evidence["logit"])
+    return found, evidence
+
+
+def _cameras(
+    df: pd.DataFrame, paths: list[Path], crops: Path, model: str | os.PathLike, profile: Profile, workers: int
+) -> pd.DataFrame:
     """What the training videos' cameras say of each medium (`CameraEvidence.table`)."""
     made = CropStore(crops).settings()
     media = media_of(df, paths, face_hulls(read_index(crops), made["size"], made["align"]))

@@ -90,15 +90,26 @@ def _score_frames(
     return pd.concat([frames, clips], ignore_index=True)
 
 
-def _score_clips(detector: base.Detector, store: CropStore, index: pd.DataFrame) -> pd.DataFrame:
-    """P(fake) of every item, frame -1: the mean over the windows of its crops in order."""
+def score_windows(detector: base.Detector, store: CropStore, index: pd.DataFrame) -> pd.DataFrame:
+    """P(fake) of every window of a clip's crops in order: columns item_id, first, last (frames), start, end (seconds),
+    score. For a detector of clips; index rows are sorted by item and frame."""
     rows, cut, spec = [], whole_windows if detector.exact_frames else windows, detector.input_spec
     groups = index.groupby("item_id", sort=True)
     for name, part in track(groups, groups.ngroups, "scoring, clips"):
-        clips = (frame_images(store, part.iloc[w], spec)[None] for w in cut(len(part), spec.frames))
-        scores = [_probabilities(detector, clip)[0] for clip in clips]
-        rows.append((name, np.mean(scores)))
-    return pd.DataFrame(rows, columns=["item_id", "score"]).astype({"score": float}).assign(frame=-1)
+        for w in cut(len(part), spec.frames):
+            own = part.iloc[w]
+            score = _probabilities(detector, frame_images(store, own, spec)[None])[0]
+            rows.append(
+                (name, own["frame"].iloc[0], own["frame"].iloc[-1], own["pts"].iloc[0], own["pts"].iloc[-1], score)
+            )
+    table = pd.DataFrame(rows, columns=["item_id", "first", "last", "start", "end", "score"])
+    return table.astype({"score": float})
+
+
+def _score_clips(detector: base.Detector, store: CropStore, index: pd.DataFrame) -> pd.DataFrame:
+    """P(fake) of every item, frame -1: the mean over the windows of its crops in order."""
+    found = score_windows(detector, store, index)
+    return found.groupby("item_id", as_index=False, sort=True)["score"].mean().assign(frame=-1)
 
 
 def score_crops(
