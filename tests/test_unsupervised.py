@@ -335,6 +335,19 @@ def test_a_video_is_scored_alike_in_any_company(study):
     assert np.allclose(both["score"][alone], both["score_all"][alone], atol=1e-6)
 
 
+def test_a_video_that_stage_1_learned_from_does_not_speak_for_itself(study):
+    *_, out, scores = study
+    labels, features = (pd.read_parquet(out / name).set_index("item_id") for name in (LABELS_FILE, FEATURES_FILE))
+    learned = labels.index[labels["split"] != "test"]
+    told = scores[scores["variant"] == "camera"].set_index("item_id")["score"].loc[learned]
+    cameras, clusters = CameraEvidence.load(out), pd.read_parquet(out / "cameras/clusters.parquet")
+    # Its cue was measured against its camera's other recordings; the cameras' fingerprints of today hold its own.
+    apart = cameras.logits(features.loc[learned])
+    assert np.allclose(np.log(told / (1 - told)), apart, atol=1e-6)
+    with_itself = cameras.table(out / "cameras/fingerprints", clusters[clusters["item_id"].isin(learned)])["logit"]
+    assert (apart - with_itself.loc[learned]).abs().max() > 0.1
+
+
 # ---- poor data
 
 

@@ -328,6 +328,7 @@ def score(
     told = features.loc[learned, ["cluster", CUE]].rename(columns={"cluster": "camera"})
     told["logit"] = cameras.logits(features.loc[learned])
     evidence = pd.concat([cameras.table(fingerprints, clusters[clusters["item_id"].isin(others)]), told])
+    evidence = evidence.astype({"camera": int, CUE: float, "logit": float})
     rows = []
     for seed in seeds:
         for name, column in (("cue", "cue"), ("traces", "traces"), ("pseudo", "p_fake")):
