@@ -1,5 +1,6 @@
 import io
 import json
+import re
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -44,7 +45,26 @@ def test_figure_leaves_picture_print_and_numbers(study):
     assert record["numbers"] == {"auc": 0.5} and record["manifest_hash"] == "abc"
     assert record["caption"] == "ROC. Synthetic world."
     assert record["seeds"] == [0] and record["profile"] == "demo" and "commit" in record and "versions" in record
+    assert record["command"] == "./run_all.sh --only figure:05_roc" and record["n"] is None
     assert study.saved == ["05_roc.png"] and not plt.get_fignums()
+
+
+def test_record_says_how_many_from_where_and_which_command(tmp_path):
+    def record(name, /, *, options=None, **study):
+        one = open_study(resolved(tmp_path / name, **study))
+        save_table(one, "t", TABLE, "Scores.", **options or {})
+        return json.loads((one.tables / "t.json").read_text())
+
+    tiny = record("a", name="tiny", options={"n": {"videos": 120}})
+    assert tiny["n"] == {"videos": 120} and tiny["origin"] == "synthetic world"
+    assert tiny["command"] == "./run_all.sh --profile tiny --only table:t"
+    changed = record("b", seeds=3)
+    assert changed["command"] == "./run_all.sh --profile data/work/demo/profile.yaml --only table:t"
+    mixed = record("c", run="demo-x-1", **{"data.sets": ["ffpp=/y", "world=a", "folder=/x"]})
+    assert mixed["caption"] == "Scores. Synthetic world and data set ffpp and your media."
+    assert mixed["command"] == "./run_all.sh --profile data/work/demo-x-1/profile.yaml --only table:t"
+    published = record("d", options={"origin": "published"})
+    assert published["caption"] == "Scores." and published["origin"] == "published"
 
 
 def test_caption_of_real_media_stays_as_it_is(tmp_path):
@@ -72,7 +92,8 @@ def test_table_in_every_form(study):
     markdown = (study.tables / "09_auc.md").read_text()
     assert r"a\|b_c" in markdown and "0.123 " in markdown and "1.50e-07" in markdown and "Synthetic world." in markdown
     latex = (study.tables / "09_auc.tex").read_text()
-    assert r"d\%" in latex and r"b\_c" in latex and r"\caption{AUC of 100 \% \& more. Synthetic world.}" in latex
+    assert r"d\% & --" in latex and r"a\textbar{}b\_c & 0.123" in latex and r"\textbf" not in latex
+    assert r"\caption{AUC of 100 \% \& more. Synthetic world.}" in latex
     record = json.loads((study.tables / "09_auc.json").read_text())
     assert record["numbers"]["columns"] == list(TABLE.columns)
     assert record["numbers"]["rows"][1]["AUC"] is None
@@ -85,16 +106,36 @@ def test_empty_table_keeps_its_columns(study):
     assert json.loads((study.tables / "t.json").read_text())["numbers"] == {"columns": list(TABLE.columns), "rows": []}
 
 
-def test_plotly_figure_opens_offline(study):
-    save_figure(study, "00_map", go.Figure(go.Scatter(x=[1], y=[2])), "Map", {})
+def test_bold_cells(study):
+    bold = pd.DataFrame(False, TABLE.index, TABLE.columns)
+    bold.loc[0, "AUC"] = bold.loc[1, "method"] = True
+    save_table(study, "t", TABLE, "T", bold=bold)
+    markdown = (study.tables / "t.md").read_text()
+    assert re.findall(r"\*\*(.*?)\*\*", markdown) == ["0.123", "d%"]
+    latex = (study.tables / "t.tex").read_text()
+    assert re.findall(r"\\textbf\{(.*?)\} ", latex) == ["0.123", r"d\%"]
+    assert json.loads((study.tables / "t.json").read_text())["numbers"]["bold"] == bold.to_numpy().tolist()
+    assert "*" not in (study.tables / "t.csv").read_text()
+    with pytest.raises(ValueError, match=r"shape \(2, 4\), the table t \(2, 5\)"):
+        save_table(study, "t", TABLE, "T", bold=bold.drop(columns="n"))
+
+
+def test_plotly_figure_opens_offline_and_has_a_still(study):
+    save_figure(study, "00_map", go.Figure(go.Scatter(x=[1], y=[2])), "Map", {}, still=draw())
     html = (study.figures / "00_map.html").read_text()
+    assert (study.figures / "00_map.png").read_bytes().startswith(b"\x89PNG")
+    assert (study.figures / "00_map.pdf").read_bytes().startswith(b"%PDF")
+    assert json.loads((study.figures / "00_map.json").read_text())["plotly"]["data"][0]["y"] == [2]
     assert 'src="plotly.min.js"' in html and (study.figures / "plotly.min.js").is_file()
     assert len(html) < 100_000 and study.saved == ["00_map.html"]
 
 
 def test_other_objects_are_refused(study):
-    with pytest.raises(TypeError, match="not ndarray"):
+    with pytest.raises(TypeError, match="got ndarray"):
         save_figure(study, "x", np.zeros(3), "X", {})
+    with pytest.raises(TypeError, match="matplotlib twin as still=; it got Figure with NoneType"):
+        save_figure(study, "x", go.Figure(), "X", {})
+    assert not study.saved and not list(study.figures.glob("x*"))
 
 
 def test_shown():

@@ -42,7 +42,7 @@ def test_report_is_one_file_with_everything(study):
     picture = base64.b64encode((study.figures / "00_grid.png").read_bytes()).decode()
     assert QUESTION in page and f"data:image/png;base64,{picture}" in page
     assert "A &lt;grid&gt;. Synthetic world." in page and "<grid>" not in page
-    assert "<td>007</td><td>0.500</td>" in page
+    assert '<td>007</td><td class="number">0.500</td>' in page
     assert "<th>media.share</th><td>0.250</td>" in page
     assert "What is here" in page and "template" not in page
     sources = re.findall(r'(?:src|href)="([^"#]*)"', page)
@@ -58,8 +58,9 @@ def test_links_to_notebooks_resolve(study):
 def test_missing_chapters_and_figures_are_said(study):
     page = build_report(study).read_text()
     missing = re.findall(r'class="missing">(.*)', page)
-    assert len(missing) == 2
-    assert "00_gone.png" in missing[0] and "./run_all.sh --only 05" in missing[1]
+    assert len(missing) == 3
+    assert "the manifest" in missing[0] and "./run_all.sh --only figure:00_gone" in missing[1]
+    assert "./run_all.sh --only 05" in missing[2]
 
 
 def test_command(study, path, capsys):

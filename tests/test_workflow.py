@@ -139,6 +139,15 @@ def test_only_and_from_force(tree):
     assert would_run(tree, "--from", "1") == {"01_second", "02_other"}
 
 
+def test_only_a_figure_runs_the_chapter_that_makes_it(tree):
+    path = tree / "notebooks" / "02_other.ipynb"
+    draw = 'from unmask.figures import save_table\nsave_table(study, "counts", table, "Counts")'
+    nbformat.write(notebook(OPEN, draw, OTHER), path)
+    assert would_run(tree, "--only", "table:counts") == {"02_other"}
+    code, output = run(tree, "--only", "table:count")
+    assert code == 2 and "No chapter makes table:count. The nearest: table:counts." in output
+
+
 def test_results_overwritten_by_hand_are_made_again(tree):
     results = tree / "data/work/demo/results/02_other.json"
     content = json.loads(results.read_text())

@@ -40,15 +40,19 @@ class Chapter:
 
 def notebook_modules(notebook: Path, root: Path) -> list[Path]:
     """The files of lib/unmask that a notebook's code imports, directly or through others, sorted."""
+    return import_closure(_imports(notebook_code(notebook), package=""), root / "lib")
+
+
+def notebook_code(notebook: Path) -> ast.Module:
+    """All code of a notebook; WorkflowError if it is no Python."""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     # IPython's own lines are not Python.
     code = "\n".join(line for line in code.splitlines() if not line.lstrip().startswith(("%", "!")))
     try:
-        tree = ast.parse(code)
+        return ast.parse(code)
     except SyntaxError as error:
         raise WorkflowError(f"{notebook.name} has a syntax error: {error.msg}: {(error.text or '').strip()}") from None
-    return import_closure(_imports(tree, package=""), root / "lib")
 
 
 def import_closure(names: Sequence[str], lib: Path) -> list[Path]:

@@ -5,29 +5,38 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
+import struct
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
 
-from unmask.figures import shown
+from unmask.data.manifest import ManifestError, manifest_hash, read_manifest
+from unmask.figures import DPI, shown
 from unmask.profile import ProfileError, Study, open_study, write_atomic
 
 QUESTION = "Is this face video real, and how would we know on data we never saw?"
+LONG = 40  # rows from which a table is folded
 
 
 def build_report(study: Study) -> Path:
     """Write report.html from the results, figures and tables that the chapters left; returns its path.
 
-    Pictures and tables are inside the page, so it can be sent as one file; interactive figures and executed notebooks
-    are links. A chapter without results, and a figure that is gone, are named as missing.
+    Pictures, tables and interactive figures are inside the page, so it can be sent as one file and needs no network;
+    executed notebooks are links. A chapter without results, and a figure that is gone, are named as missing.
     """
     environment = Environment(loader=PackageLoader("unmask"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    chapters = [_chapter(study, path) for path in sorted((study.root / "notebooks").glob("[0-9]*.ipynb"))]
+    interactive = any(item["kind"] == "interactive" for chapter in chapters for item in chapter["items"] or [])
     page = environment.get_template("report.html.j2").render(
         question=QUESTION,
-        chapters=[_chapter(study, path) for path in sorted((study.root / "notebooks").glob("[0-9]*.ipynb"))],
+        data=_data(study),
+        chapters=chapters,
+        plotly=_plotly() if interactive else None,
         provenance=study.provenance,
         seeds=study.seeds,
         settings=json.dumps(study.profile.as_dict(), indent=2),
@@ -35,9 +44,36 @@ def build_report(study: Study) -> Path:
     return write_atomic(study.figures / "report.html", page)
 
 
+def _plotly() -> Markup:
+    from plotly.offline import get_plotlyjs
+
+    return Markup(get_plotlyjs())
+
+
+def _data(study: Study) -> dict[str, Any] | None:
+    """What the manifest holds: a row per set, split and kind, a column per method; None where there is none."""
+    try:
+        manifest = read_manifest(study.work / "manifest.parquet")
+    except (ManifestError, OSError):
+        return None
+    by = ["dataset", "split", "kind"]
+    order = {"train": 0, "val": 1, "test": 2}
+    counts = manifest.pivot_table(index=by, columns="method", values="item_id", aggfunc="size", fill_value=0)
+    counts = counts[["real", *(method for method in counts if method != "real")] if "real" in counts else [*counts]]
+    counts.insert(0, "groups", manifest.groupby(by)["group_id"].nunique())
+    counts = counts.reset_index().sort_values(by, key=lambda column: column.map(lambda value: order.get(value, value)))
+    return {
+        **_cells(counts.to_dict("records"), list(counts)),
+        "media": len(manifest),
+        "groups": manifest["group_id"].nunique(),
+        "hash": manifest_hash(manifest),
+    }
+
+
 def _chapter(study: Study, notebook: Path) -> dict[str, Any]:
     stem = notebook.stem
-    chapter = {"stem": stem, "number": stem.split("_")[0], "title": _title(notebook), "items": None}
+    title, question = _opening(notebook)
+    chapter = {"stem": stem, "number": stem.split("_")[0], "title": title, "question": question, "items": None}
     results = study.work / "results" / f"{stem}.json"
     if not results.is_file():
         return chapter
@@ -46,6 +82,7 @@ def _chapter(study: Study, notebook: Path) -> dict[str, Any]:
     return {
         **chapter,
         "items": [_item(study, saved) for saved in content["saved"]],
+        "ended": content["numbers"].get("ended"),
         "numbers": _flat(content["numbers"]),
         "manifest_hash": content["manifest_hash"],
         "commit": content["commit"],
@@ -55,27 +92,62 @@ def _chapter(study: Study, notebook: Path) -> dict[str, Any]:
 
 def _item(study: Study, saved: str) -> dict[str, Any]:
     path = study.figures / saved
-    item = {"saved": saved, "name": path.stem, "kind": "missing", "caption": ""}
-    if not path.is_file() or not path.with_suffix(".json").is_file():
+    what = "table" if path.suffix == ".csv" else "figure"
+    item = {"saved": saved, "name": path.stem, "what": what, "kind": "missing", "caption": ""}
+    picture = path.with_suffix(".png")
+    if not all(file.is_file() for file in (path, path.with_suffix(".json"), *([picture] if what == "figure" else []))):
         return item
     record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    item["caption"] = record["caption"]
-    if path.suffix == ".png":
-        return {**item, "kind": "picture", "data": base64.b64encode(path.read_bytes()).decode()}
-    if path.suffix == ".csv":
-        columns = record["numbers"]["columns"]
-        rows = [[shown(row[column]) for column in columns] for row in record["numbers"]["rows"]]
-        return {**item, "kind": "table", "columns": columns, "rows": rows}
-    return {**item, "kind": "interactive"}
+    item |= {"caption": record["caption"], "facts": _facts(record), "command": record.get("command")}
+    if what == "table":
+        numbers = record["numbers"]
+        return {**item, "kind": "table", **_cells(numbers["rows"], numbers["columns"], numbers.get("bold"))}
+    item |= _picture(picture)
+    if "plotly" in record:
+        # Inside a script element nothing is escaped but the one thing that would end it.
+        return {**item, "kind": "interactive", "spec": Markup(json.dumps(record["plotly"]).replace("</", "<\\/"))}
+    return {**item, "kind": "picture"}
 
 
-def _title(notebook: Path) -> str:
-    """The notebook's first heading, or its name."""
-    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
-        for line in "".join(cell["source"]).splitlines() if cell["cell_type"] == "markdown" else []:
-            if line.startswith("# "):
-                return line[2:].strip()
-    return notebook.stem
+def _picture(path: Path) -> dict[str, Any]:
+    """A PNG as text, with the size (CSS pixels) at which its letters are as large as the page's."""
+    content = path.read_bytes()
+    width, height = (round(pixels * 96 / DPI) for pixels in struct.unpack(">II", content[16:24]))
+    return {"data": base64.b64encode(content).decode(), "width": width, "height": height}
+
+
+def _cells(rows: list[dict[str, Any]], columns: list[str], bold: list[list[bool]] | None = None) -> dict[str, Any]:
+    marks = bold or [[False] * len(columns)] * len(rows)
+    texts = [
+        [(shown(row[c]), mark) for c, mark in zip(columns, line, strict=True)]
+        for row, line in zip(rows, marks, strict=True)
+    ]
+    values = {column: [row[column] for row in rows if row[column] is not None] for column in columns}
+    numeric = [all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values[c]) for c in columns]
+    return {
+        "columns": list(zip(columns, numeric, strict=True)),
+        "rows": texts,
+        "numeric": numeric,
+        "long": len(rows) > LONG,
+    }
+
+
+def _facts(record: dict[str, Any]) -> str:
+    """Where a figure's numbers come from, in one line."""
+    n = ", ".join(f"{count} {of}" for of, count in (record.get("n") or {}).items())
+    facts = [f"profile {record['profile']}", n and f"n = {n}", f"seeds {', '.join(map(str, record['seeds']))}"]
+    facts += [record.get("origin"), record["manifest_hash"] and f"manifest {record['manifest_hash'][:12]}"]
+    return " · ".join(fact for fact in [*facts, f"commit {record['commit'][:12]}"] if fact)
+
+
+def _opening(notebook: Path) -> tuple[str, str]:
+    """The notebook's first heading, or its name, and its question, or nothing."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    text = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    title = re.search(r"^# (.+)$", text, flags=re.M)
+    question = re.search(r"^\*\*The question\.\*\*\s*(.+?)(?:\n\s*\n|\Z)", text, flags=re.M | re.S)
+    plain = re.sub(r"[*`]", "", question[1]).replace("\n", " ").strip() if question else ""
+    return title[1].strip() if title else notebook.stem, plain
 
 
 def _flat(numbers: dict[str, Any], where: str = "") -> dict[str, str]:

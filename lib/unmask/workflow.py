@@ -23,6 +23,7 @@ from typing import Any
 
 import yaml
 
+from unmask.catalogue import maker
 from unmask.plan import Chapter, WorkflowError, make_plan, out_of_date
 from unmask.profile import ROOT, Profile, ProfileError, load_profile, parse_changes, write_atomic
 from unmask.progress import MARK, clock
@@ -248,7 +249,7 @@ def list_chapters(plan: dict[str, Any], root: Path) -> int:
 
 def choose(plan: dict[str, Any], chapters: Sequence[Chapter], options: argparse.Namespace, root: Path):
     """The rules to force and the files to ask for, from --only, --from and what is out of date."""
-    wanted = [select(chapters, number).stem for number in options.only]
+    wanted = [maker(only, plan, root) if ":" in only else select(chapters, only).stem for only in options.only]
     forced = set(wanted)
     if options.start:
         forced |= {chapter.stem for chapter in chapters if chapter.number >= options.start.zfill(2)}
@@ -281,7 +282,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--profile", default="demo", help="demo (default), tiny, paper, or a file of your own")
     parser.add_argument("--data", metavar="FOLDER|MANIFEST", help="your own media instead of the profile's data sets")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the profile")
-    parser.add_argument("--only", action="append", default=[], metavar="NN", help="run this chapter, and what it lacks")
+    only = "run this chapter, or the one that makes figure:NAME or table:NAME, and what it lacks"
+    parser.add_argument("--only", action="append", default=[], metavar="NN", help=only)
     parser.add_argument("--from", dest="start", metavar="NN", help="run all chapters from this number on again")
     parser.add_argument("--list", action="store_true", help="list the chapters and their state")
     parser.add_argument("--dry-run", action="store_true", help="say what would run, and why")
