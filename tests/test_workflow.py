@@ -270,13 +270,15 @@ def test_import_closure_follows_every_form_of_import(tmp_path):
         "unused.py": "",
         "data/__init__.py": "",
         "data/world.py": "from ..c import thing",
-        "c.py": "from . import d",
-        "d.py": "import unmask.a",
+        "c.py": "try:\n    pass\nexcept OSError:\n    if x:\n        pass\n    else:\n        from . import d",
+        "d.py": "import unmask.a\nmatch x:\n    case 1:\n        with y:\n            import unmask.e",
+        "e.py": "class A:\n    async def f(self):\n        for x in y:\n            import unmask.f",
+        "f.py": "f = lambda: 1 if x else 2",
     }.items():
         (package / name).write_text(code)
     nbformat.write(notebook("%matplotlib inline\nfrom unmask.a import g"), tmp_path / "n.ipynb")
     found = {str(path.relative_to(package)) for path in notebook_modules(tmp_path / "n.ipynb", tmp_path)}
-    assert found == {"__init__.py", "a.py", "b.py", "c.py", "d.py", "data/__init__.py", "data/world.py"}
+    assert found == {"__init__.py", "a.py", "b.py", "c.py", "d.py", "e.py", "f.py", "data/__init__.py", "data/world.py"}
     assert import_closure(["unmask.unused"], tmp_path / "lib") == [package / "__init__.py", package / "unused.py"]
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class Chapter:
 
 def notebook_modules(notebook: Path, root: Path) -> list[Path]:
     """The files of lib/unmask that a notebook's code imports, directly or through others, sorted."""
-    return import_closure(_imports(notebook_code(notebook), package=""), root / "lib")
+    return import_closure(list(_imports(notebook_code(notebook).body, package="")), root / "lib")
 
 
 def notebook_code(notebook: Path) -> ast.Module:
@@ -67,20 +68,30 @@ def import_closure(names: Sequence[str], lib: Path) -> list[Path]:
                 if path.is_file() and path not in found:
                     found.add(path)
                     package = ".".join(path.parent.relative_to(lib).parts)
-                    todo += _imports(ast.parse(path.read_text(encoding="utf-8")), package)
+                    todo += _imports_of(path.read_text(encoding="utf-8"), package)
     return sorted(found)
 
 
-def _imports(tree: ast.AST, package: str) -> list[str]:
-    names = []
-    for node in ast.walk(tree):
+@cache  # chapters share most of their modules
+def _imports_of(source: str, package: str) -> list[str]:
+    return list(_imports(ast.parse(source).body, package))
+
+
+def _imports(statements: Sequence[ast.AST], package: str) -> Iterator[str]:
+    """What statements import from the kit, those inside functions and other blocks too."""
+    for node in statements:
+        names = []
         if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            names += [f"{module}.{alias.name}" for alias in node.names]
-    return [name for name in names if name.split(".")[0] == "unmask"]
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        yield from (name for name in names if name.split(".")[0] == "unmask")
+        # Imports are never inside expressions, which are most of a syntax tree.
+        for block in ("body", "orelse", "finalbody", "handlers", "cases"):
+            inner = getattr(node, block, [])
+            yield from _imports(inner if isinstance(inner, list) else [], package)
 
 
 def make_plan(profile: Profile, chapters: Sequence[Chapter], root: Path) -> dict[str, Any]:
