@@ -30,11 +30,14 @@ def build_report(study: Study) -> Path:
     executed notebooks are links. A chapter without results, and a figure that is gone, are named as missing.
     """
     environment = Environment(loader=PackageLoader("unmask"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    chapters = [_chapter(study, path) for path in sorted((study.root / "notebooks").glob("[0-9]*.ipynb"))]
+    data = _data(study)
+    media = {data["hash"]: data["media"]} if data else {}
+    chapters = [_chapter(study, path, media) for path in sorted((study.root / "notebooks").glob("[0-9]*.ipynb"))]
     interactive = any(item["kind"] == "interactive" for chapter in chapters for item in chapter["items"] or [])
+    environment.filters["code"] = _code
     page = environment.get_template("report.html.j2").render(
         question=QUESTION,
-        data=_data(study),
+        data=data,
         chapters=chapters,
         plotly=_plotly() if interactive else None,
         provenance=study.provenance,
@@ -70,7 +73,7 @@ def _data(study: Study) -> dict[str, Any] | None:
     }
 
 
-def _chapter(study: Study, notebook: Path) -> dict[str, Any]:
+def _chapter(study: Study, notebook: Path, media: dict[str, int]) -> dict[str, Any]:
     stem = notebook.stem
     title, question = _opening(notebook)
     chapter = {"stem": stem, "number": stem.split("_")[0], "title": title, "question": question, "items": None}
@@ -81,7 +84,7 @@ def _chapter(study: Study, notebook: Path) -> dict[str, Any]:
     executed = study.work / "notebooks" / f"{stem}.ipynb"
     return {
         **chapter,
-        "items": [_item(study, saved) for saved in content["saved"]],
+        "items": [_item(study, saved, media) for saved in content["saved"]],
         "ended": content["numbers"].get("ended"),
         "numbers": _flat(content["numbers"]),
         "manifest_hash": content["manifest_hash"],
@@ -90,7 +93,7 @@ def _chapter(study: Study, notebook: Path) -> dict[str, Any]:
     }
 
 
-def _item(study: Study, saved: str) -> dict[str, Any]:
+def _item(study: Study, saved: str, media: dict[str, int]) -> dict[str, Any]:
     path = study.figures / saved
     what = "table" if path.suffix == ".csv" else "figure"
     item = {"saved": saved, "name": path.stem, "what": what, "kind": "missing", "caption": ""}
@@ -98,14 +101,14 @@ def _item(study: Study, saved: str) -> dict[str, Any]:
     if not all(file.is_file() for file in (path, path.with_suffix(".json"), *([picture] if what == "figure" else []))):
         return item
     record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    item |= {"caption": record["caption"], "facts": _facts(record), "command": record.get("command")}
+    item |= {"caption": record["caption"], "facts": _facts(record, media), "command": record.get("command")}
     if what == "table":
         numbers = record["numbers"]
         return {**item, "kind": "table", **_cells(numbers["rows"], numbers["columns"], numbers.get("bold"))}
     item |= _picture(picture)
     if "plotly" in record:
-        # Inside a script element nothing is escaped but the one thing that would end it.
-        return {**item, "kind": "interactive", "spec": Markup(json.dumps(record["plotly"]).replace("</", "<\\/"))}
+        # A script element knows no entities; JSON has an escape of its own for what could end it.
+        return {**item, "kind": "interactive", "spec": Markup(json.dumps(record["plotly"]).replace("<", "\\u003c"))}
     return {**item, "kind": "picture"}
 
 
@@ -132,12 +135,19 @@ def _cells(rows: list[dict[str, Any]], columns: list[str], bold: list[list[bool]
     }
 
 
-def _facts(record: dict[str, Any]) -> str:
-    """Where a figure's numbers come from, in one line."""
+def _facts(record: dict[str, Any], media: dict[str, int]) -> str:
+    """Where a figure's numbers come from, in one line; media: how many a manifest holds, by its hash."""
     n = ", ".join(f"{count} {of}" for of, count in (record.get("n") or {}).items())
     facts = [f"profile {record['profile']}", n and f"n = {n}", f"seeds {', '.join(map(str, record['seeds']))}"]
-    facts += [record.get("origin"), record["manifest_hash"] and f"manifest {record['manifest_hash'][:12]}"]
+    facts.append(record.get("origin"))
+    if of := record["manifest_hash"]:
+        facts.append(f"manifest {of[:12]}" + (f" of {media[of]} media" if of in media else ""))
     return " · ".join(fact for fact in [*facts, f"commit {record['commit'][:12]}"] if fact)
+
+
+def _code(text: str) -> Markup:
+    """Text in which `this` is code, as HTML."""
+    return Markup("").join(Markup("<code>{}</code>").format(t) if i % 2 else t for i, t in enumerate(text.split("`")))
 
 
 def _opening(notebook: Path) -> tuple[str, str]:
