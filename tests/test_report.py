@@ -79,6 +79,13 @@ def manifest():
     return rows.assign(root="/r", dataset="set", subject="", source_id="", camera="", annotations="")[list(COLUMNS)]
 
 
+def test_commands_name_the_run(tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    nbformat.write(nbformat.v4.new_notebook(), tmp_path / "notebooks" / "00_data.ipynb")
+    page = build_report(open_study(resolved(tmp_path, "tiny"))).read_text()
+    assert page.count("<code>./run_all.sh --profile tiny --only 00</code>") == 2
+
+
 def test_data_and_captions_say_how_many(study):
     write_manifest(manifest(), study.work / "manifest.parquet")
     study.manifest_hash = manifest_hash(manifest())

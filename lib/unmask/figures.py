@@ -167,7 +167,7 @@ def _record(
         "origin": origin,
         "seeds": study.seeds,
         "manifest_hash": study.manifest_hash,
-        "command": f"./run_all.sh{_profile_option(study)} --only {kind}:{name}",
+        "command": f"./run_all.sh{profile_option(study)} --only {kind}:{name}",
         **study.provenance,
     }
 
@@ -179,7 +179,8 @@ def _origin(study: Study) -> str:
     return " and ".join(sorted({own.get(layout, f"data set {layout}") for layout in layouts}, key=lambda o: o != WORLD))
 
 
-def _profile_option(study: Study) -> str:
+def profile_option(study: Study) -> str:
+    """What `./run_all.sh` has to be told of a run besides what to do: nothing for the demo, else ` --profile ...`."""
     if study.profile.name == study.profile.run:
         named = study.root / "profiles" / f"{study.profile.name}.yaml"
         if named.is_file() and load_profile(study.profile.name, root=study.root).hash == study.profile.hash:

@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from unmask.data.manifest import ManifestError, manifest_hash, read_manifest
-from unmask.figures import DPI, shown
+from unmask.figures import DPI, profile_option, shown
 from unmask.profile import ProfileError, Study, open_study, write_atomic
 
 QUESTION = "Is this face video real, and how would we know on data we never saw?"
@@ -38,6 +38,7 @@ def build_report(study: Study) -> Path:
     page = environment.get_template("report.html.j2").render(
         question=QUESTION,
         data=data,
+        option=profile_option(study),
         chapters=chapters,
         plotly=_plotly() if interactive else None,
         provenance=study.provenance,
