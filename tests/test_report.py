@@ -108,7 +108,7 @@ def test_long_tables_are_folded_and_bold_cells_bold(study):
     save_table(study, "short", table.iloc[:40], "Short")
     study.results("00_data", {})
     page = build_report(study).read_text()
-    folded = re.findall(r'<details class="fold"><summary>41 rows: Long.*?</details>', page, flags=re.S)
+    folded = re.findall(r'<details class="fold"><summary>Table of 41 rows.*?</details>', page, flags=re.S)
     assert len(folded) == 1 and folded[0].count("<tr>") == 42 and page.count('class="fold"') == 1
     assert re.findall("<b>(.*?)</b>", folded[0]) == ["7"]
 
