@@ -1,6 +1,7 @@
 """Bad media: each gives a row with a reason, or a right result; nothing crashes or hangs."""
 
 import builtins
+import os
 import time
 
 import av
@@ -12,7 +13,7 @@ from conftest import moving_frames, textured_frames
 from PIL import Image
 from test_video import rotate_mark, write_vfr
 
-from unmask import preprocessing
+from unmask import explain, panel, preprocessing
 from unmask.data.crops import read_index
 from unmask.data.faces import Face
 from unmask.data.landmarks import CANONICAL_68
@@ -243,3 +244,21 @@ def test_300_damaged_copies(tmp_path):
     assert not table["reason"].str.contains("internal|crashed|deadline").any(), table["reason"].value_counts().to_dict()
     assert slowest < DEADLINE + 2
     assert 0.1 < (table["status"] == "ok").mean() < 0.9
+
+
+def test_all_of_it_is_explained(run, squares, monkeypatch, tmp_path, tiny_checkpoint):
+    """A row and a page for each, and no verdict where there is nothing to judge by."""
+    folder, _, _ = run
+    monkeypatch.setattr(explain, "best_locator", lambda: "squares")
+    judges = panel.uncalibrated([tiny_checkpoint])
+    names = [*OK, *FAILED]
+    table = explain.explain([folder / name for name in names], judges, tmp_path / "out", workers=0, deadline=DEADLINE)
+    # A folder is what lies in it: this one is empty and stands for itself.
+    assert [os.path.relpath(path, folder) for path in table["path"]] == names
+    table = table.set_axis(names)
+    assert (table["verdict"] == "cannot tell").all() and (table["reasons"] != "").all()
+    assert (table.loc[list(OK), "status"] == "ok").all() and (table.loc[list(FAILED), "status"] == "failed").all()
+    assert table.loc[list(FAILED), "reasons"].to_dict() == FAILED
+    assert "too short: 1 frames" in table.loc["one.mp4", "reasons"]
+    assert "too short" not in table.loc["whole.png", "reasons"]
+    assert table["page"].is_unique and all((tmp_path / "out" / page).is_file() for page in table["page"])

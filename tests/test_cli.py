@@ -85,6 +85,25 @@ def test_media_are_scored_and_scores_evaluated(home, capsys):
     assert rows.loc[("all", "all"), "n_real"] == (videos["label"] == 0).sum() > 0
 
 
+def test_media_are_explained_by_a_panel(home, capsys):
+    data = ("--manifest", "manifest.parquet", "--crops", "crops")
+    assert unmask("panel", "checkpoint", *data, "--out", "panel.json", "--set", "evaluate.draws=50") == 0
+    assert "real and" in capsys.readouterr().out
+    swaps = sorted((home / "media/fake/swap").iterdir())[:2]
+    explained = ("score", *swaps, "absent.mp4", "--explain", "--out", "pages", "--locator", LOCATOR)
+    assert unmask(*explained, "--panel", "panel.json") == 0
+    table = pd.read_csv("pages/verdicts.csv")
+    assert [os.path.basename(p) for p in table["path"]] == [*(s.name for s in swaps), "absent.mp4"]
+    assert table["reasons"].iloc[-1] == "file not found"
+    assert {p.suffix for p in (home / "pages").iterdir()} == {".html", ".csv", ".json"}
+    assert len(list((home / "pages").glob("*.html"))) == 4
+    assert "A verdict is no proof." in capsys.readouterr().out
+    assert unmask(*explained, "--checkpoint", "checkpoint") == 0
+    assert "not calibrated" in capsys.readouterr().out
+    table = pd.read_csv("pages/verdicts.csv")
+    assert (table["verdict"] == "cannot tell").all() and table["probability"].isna().all()
+
+
 def test_the_csv_that_score_writes_can_be_evaluated(home):
     assert unmask("score", "media", "--checkpoint", "checkpoint", "--out", "all.csv", "--locator", LOCATOR) == 0
     assert unmask("evaluate", "all.csv", "manifest.parquet", "--out", "media.csv") == 0
@@ -119,6 +138,16 @@ WRONG = {
     "score media --checkpoint nothing --out s.csv": "nothing is not a checkpoint",
     "score media --checkpoint checkpoint --out s.json": "would be overwritten",
     "score media --checkpoint manifest.parquet --out s.csv": "was not written by `unmask export`",
+    "score media --out s.csv": "give one --checkpoint",
+    "score media --checkpoint checkpoint --checkpoint checkpoint --out s.csv": "give one --checkpoint",
+    "score media --explain --out out --checkpoint nothing": "nothing is not a checkpoint",
+    "score media --explain --out out --panel nothing.json": "There is no panel at nothing.json",
+    "score media --explain --out out --panel scores.json": "not a panel of this version",
+    "score media --explain --out out --panel p.json --checkpoint checkpoint": "Give --panel or --checkpoint",
+    "score media --explain --out out --profile paper": "No panel of profile paper is here yet: ./run_all.sh",
+    "score media --explain --out manifest.parquet --checkpoint checkpoint": "manifest.parquet",
+    "panel checkpoint --manifest nothing.parquet --crops crops --out out": "There is no manifest at nothing.parquet",
+    "panel checkpoint --manifest manifest.parquet --crops nothing --out out": "no readable settings.json",
     "export nothing --format pt2 --out out": "nothing is not a checkpoint",
     "export checkpoint --format pt2 --out out --clips crops": "--clips is what --verify compares on",
     "lare nothing.parquet --settings sd15-t200-e4-256 --out out": "There is no manifest at nothing.parquet",
@@ -163,7 +192,7 @@ def test_as_a_program(home):
 
     usage = run("--help")
     assert usage.returncode == 0
-    for command in ("doctor", "world", "index", "preprocess", "train", "score", "export", "evaluate"):
+    for command in ("doctor", "world", "index", "preprocess", "train", "score", "panel", "export", "evaluate"):
         assert f"\n    {command}" in usage.stdout
     wrong = run("score", "media", "--checkpoint", "nothing", "--out", "s.csv")
     assert (wrong.returncode, wrong.stdout) == (2, "") and wrong.stderr.count("\n") == 1

@@ -9,7 +9,7 @@ from torch import nn
 
 from unmask.detectors import base
 from unmask.detectors.base import Detector, InputSpec, masked_mean
-from unmask.saliency import grad_cam, overlay
+from unmask.saliency import grad_cam, occlusion, overlay
 
 
 class Known(Detector):
@@ -102,3 +102,28 @@ def test_overlay_is_red_where_the_map_is_largest_and_one_call_has_one_scale():
     assert np.array_equal(overlay(images, heat, strength=0.0), images)
     assert np.array_equal(overlay(images[0], 0 * heat[0]), np.broadcast_to(cold, (4, 4, 3)))
     assert np.array_equal(overlay(images[1], heat[1])[2, 2], hot)
+
+
+class Bright(base.Detector):
+    """A detector that adds up the red of two places of every frame: the first for fake, the second for real."""
+
+    def __init__(self):
+        super().__init__()
+        self.input_spec = base.InputSpec(size=48, mean=(0, 0, 0), std=(1, 1, 1), frames=2)
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, clips, mask=None):
+        red = clips[:, :, 0].mean(1)
+        return self.scale * (red[:, 4:8, 20:24].sum((1, 2)) - 2 * red[:, 36:40, 4:8].sum((1, 2)))
+
+
+def test_occlusion_finds_what_speaks_for_fake_and_for_real():
+    clip = np.zeros((2, 48, 48, 3), np.uint8)
+    clip[:, 4:8, 20:24, 0] = clip[:, 36:40, 4:8, 0] = 255
+    found = occlusion(Bright(), clip, cells=6)  # cells of 8 pixels: rows 0 and 4, columns 2 and 0
+    assert found.shape == (6, 6) and np.unravel_index(found.argmax(), (6, 6)) == (0, 2)
+    assert np.unravel_index(found.argmin(), (6, 6)) == (4, 0)
+    # Blurring takes nearly all of 16 pixels' red where the window is 1, and counts twice for real.
+    assert 8 < found.max() < 16 and -32 < found.min() < -16
+    assert np.abs(found[:, 4:]).max() < 0.5
+    np.testing.assert_allclose(occlusion(Bright(), clip, cells=6, batch=3), found)

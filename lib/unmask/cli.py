@@ -146,12 +146,58 @@ def train(options: argparse.Namespace) -> int:
 
 
 def score(options: argparse.Namespace) -> int:
+    if options.explain:
+        return _explained(options)
     from unmask.scoring import score_media
 
-    given = options.media, options.checkpoint, options.out, options.locator, options.workers or 1
+    if len(options.checkpoint) != 1 or options.panel:
+        raise ProfileError("Without --explain, give one --checkpoint and no --panel.")
+    given = options.media, options.checkpoint[0], options.out, options.locator, options.workers or 1
     table = score_media(*given, model=options.model)
     print(table.to_string(index=False))
     print(f"{int((table['status'] == 'ok').sum())} of {len(table)} scored: {options.out}")
+    return 0
+
+
+def _explained(options: argparse.Namespace) -> int:
+    from unmask import panel
+    from unmask.explain import explain
+    from unmask.profile import ROOT
+
+    if options.model:
+        raise ProfileError("--model is for a detector that reads LaRE maps, which --explain does not make.")
+    if options.panel and options.checkpoint:
+        raise ProfileError("Give --panel or --checkpoint: a panel names its own checkpoints.")
+    if options.checkpoint:
+        print("These checkpoints are not calibrated, so there will be no verdict; `unmask panel` calibrates them.")
+        judges = panel.uncalibrated(options.checkpoint)
+    else:
+        own = ROOT / "data" / "work" / load_profile(options.profile).run / "panel.json"
+        if not (options.panel or own.is_file()):
+            raise ProfileError(
+                f"No panel of profile {options.profile} is here yet: ./run_all.sh --profile {options.profile} leaves "
+                "one; or name your own by --panel FILE or --checkpoint CKPT."
+            )
+        judges = panel.read(options.panel or own)
+    table = explain(options.media, judges, options.out, options.locator, options.workers or 1)
+    print(table[["path", "verdict", "probability", "low", "high", "reasons"]].to_string(index=False))
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in table["verdict"].value_counts().items())
+    print(f"{len(table)} media: {counts}. Pages: {Path(options.out) / 'index.html'}. A verdict is no proof.")
+    return 0
+
+
+def panel(options: argparse.Namespace) -> int:
+    from unmask.data.crops import read_index
+    from unmask.panel import fit, score_validation
+
+    members = score_validation(options.checkpoints, options.manifest, options.crops)
+    locators = {name for folder in options.crops for name in read_index(folder)["locator"].unique()}
+    made = fit(members, options.out, locators=locators, **_profile(options).evaluate)
+    for one in made.members:
+        auc = f"AUC {one.auc:.3f} ({one.low:.3f} to {one.high:.3f})"
+        media = f"{one.n_real} real and {one.n_fake} fake validation media"
+        print(f"{one.name}: {auc} on {media}; {one.why_silent or 'has a vote'}")
+    print(f"Panel: {options.out}")
     return 0
 
 
@@ -193,6 +239,16 @@ def evaluate(options: argparse.Namespace) -> int:
     profile = _profile(options)
     table = evaluate_files(options.scores, options.manifest, options.out, **profile.evaluate)
     print(table.round(4).to_string(index=False))
+    return 0
+
+
+def table(options: argparse.Namespace) -> int:
+    from unmask.ablation import save_table
+    from unmask.profile import open_study
+
+    study = open_study(options.profile)
+    print(save_table(study, options.name).round(3).to_string(index=False))
+    print(f"{study.tables / options.name}.csv, .md, .tex and .json")
     return 0
 
 
@@ -310,13 +366,26 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0)
     sub = command(score, "Score videos, images or folders with a checkpoint.", settings=False)
     sub.add_argument("media", nargs="+", metavar="MEDIA")
-    sub.add_argument("--checkpoint", required=True, metavar="CKPT", help="folder, or file of `unmask export` in ONNX")
-    sub.add_argument("--out", required=True, metavar="SCORES.csv")
+    sub.add_argument(
+        "--checkpoint", action="append", default=[], metavar="CKPT",
+        help="folder, or file of `unmask export` in ONNX; with --explain folders alone, and as many as you like",
+    )  # fmt: skip
+    sub.add_argument("--out", required=True, metavar="SCORES.csv", help="with --explain a folder")
+    sub.add_argument(
+        "--explain", action="store_true", help="verdicts with their reasons: a page for each medium, by a panel"
+    )
+    sub.add_argument("--panel", metavar="PANEL.json", help="for --explain (default: the one that the study left)")
+    sub.add_argument("--profile", default="demo", help="for --explain: whose study's panel (default demo)")
     sub.add_argument(
         "--locator", choices=["yunet", "uniface", "haar"], help="default: yunet if its weights are here, else haar"
     )
     sub.add_argument("--model", metavar="DIR", help="for a detector that reads LaRE maps: the diffusion model's folder")
     sub.add_argument("--workers", type=_positive, help="processes")
+    sub = command(panel, "Calibrate detectors on validation media, to judge together (`unmask score --explain`).")
+    sub.add_argument("checkpoints", nargs="+", metavar="CKPT_DIR")
+    sub.add_argument("--manifest", required=True, help="its validation split calibrates")
+    sub.add_argument("--crops", required=True, nargs="+", metavar="DIR", help="crops as each checkpoint asks for")
+    sub.add_argument("--out", required=True, metavar="PANEL.json")
     _export_options(command(export, "Write a detector into one file that runs without the kit.", settings=False))
     sub = command(lare, "Make maps of the latent reconstruction error (LaRE) of a Stable Diffusion.")
     sub.add_argument("manifest", metavar="MANIFEST")
@@ -331,6 +400,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("scores", metavar="SCORES", help="score table (Parquet), or the CSV that `unmask score` wrote")
     sub.add_argument("manifest", metavar="MANIFEST")
     sub.add_argument("--out", required=True, metavar="TABLE.csv")
+    sub = command(table, "Make a table of chapter 10 anew from what the chapters of a study left.", settings=False)
+    sub.add_argument("name", metavar="NAME", help="ablation_unsupervised, ablation_sbi, ...; an unknown one lists all")
+    sub.add_argument("--profile", default="demo", help="of the study (default demo), or its data/work/RUN/profile.yaml")
     return parser
 
 
@@ -341,7 +413,7 @@ def _expected_errors() -> tuple[type[Exception], ...]:
         "unmask.data.manifest": "ManifestError", "unmask.data.faces": "LocatorError", "unmask.data.crops": "CropError",
         "unmask.training": "TrainingError", "unmask.detectors.base": "CheckpointError",
         "unmask.evaluation": "ScoreError", "unmask.fingerprints": "FingerprintError", "unmask.lare": "LareError",
-        "unmask.export": "ExportError",
+        "unmask.export": "ExportError", "unmask.panel": "PanelError",
     }.items():  # fmt: skip
         if module in sys.modules:  # an error can only come from a module that was imported
             errors.append(getattr(sys.modules[module], name))

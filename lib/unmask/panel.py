@@ -252,6 +252,21 @@ def fit(
     return panel
 
 
+def uncalibrated(checkpoints: Iterable[str | os.PathLike]) -> Panel:
+    """A panel of checkpoints of which nothing else is known: they are heard and have no vote. Raises as `member`."""
+    home = Path.cwd()
+    found = tuple(member(Path(checkpoint).resolve().name, checkpoint, home) for checkpoint in checkpoints)
+    _names(found)
+    return Panel(home, found)
+
+
+def _names(members: Iterable[Member]) -> None:
+    names = [one.name for one in members]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise PanelError(f"Two checkpoints are named {twice[0]}; a panel tells its members apart by their folders.")
+
+
 def score_validation(
     checkpoints: Iterable[str | os.PathLike], manifest: str | os.PathLike, crops: Iterable[str | os.PathLike]
 ) -> dict[str, tuple[Path, pd.DataFrame]]:
@@ -262,21 +277,18 @@ def score_validation(
     """
     listed, found = read_manifest(manifest), {}
     val = listed[listed["split"] == "val"]
-    stores = [CropStore(folder) for folder in crops]
-    for checkpoint in map(Path, checkpoints):
+    stores, checkpoints = [CropStore(folder) for folder in crops], [Path(checkpoint) for checkpoint in checkpoints]
+    uncalibrated(checkpoints)  # refuses what has no place before anything is scored
+    for checkpoint in checkpoints:
         detector, card = base.load_checkpoint(checkpoint)
-        member(checkpoint.name, checkpoint, checkpoint)  # refuses what has no place before it is scored
         store = next((store for store in stores if store.settings() == card.get("preprocessing")), None)
         if store is None:
             asked = ", ".join(f"{key}={value}" for key, value in card.get("preprocessing", {}).items())
             raise PanelError(f"{checkpoint} was trained on other crops than those given: {asked or 'unknown ones'}.")
-        name = checkpoint.resolve().name
-        if name in found:
-            raise PanelError(f"Two checkpoints are named {name}; a panel tells its members apart by their folders.")
         index = read_index(store.out)
         scores = score_crops(detector, store, index[index["item_id"].isin(set(val["item_id"]))])
         clips = scores[scores["frame"] == -1]
-        found[name] = checkpoint, clips.merge(val[["item_id", "label", "group_id"]], on="item_id")
+        found[checkpoint.resolve().name] = checkpoint, clips.merge(val[["item_id", "label", "group_id"]], on="item_id")
     return found
 
 
