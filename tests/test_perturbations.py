@@ -1,4 +1,7 @@
-"""Perturbed pictures against plain arithmetic and another JPEG library; crop folders of them: same rows, never half."""
+"""Perturbed pictures against plain arithmetic and another JPEG library; crop folders of them: same rows, never half.
+
+And videos: encoded anew with every frame in its place, or with frames lost.
+"""
 
 import io
 import json
@@ -7,12 +10,16 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import moving_frames
 from PIL import Image
+from test_video import rotate_mark
 
 from unmask import lare, perturbations
 from unmask.data.crops import CropError, CropStore, read_index, read_items
+from unmask.data.frames import MediaError
+from unmask.data.video import encode, probe, read_frames
 from unmask.detectors import base
-from unmask.perturbations import KINDS, perturb, perturbed_crops
+from unmask.perturbations import KINDS, LEVELS, VIDEO_KINDS, kept, perturb, perturbed_crops, recompress
 from unmask.scoring import score_crops
 
 
@@ -296,3 +303,80 @@ def test_damaged_crops_are_not_taken_on(tiny_crops, some_rows, tmp_path):
     perturbed_crops(tiny_crops, some_rows, made, "blur-1")
     assert CropStore(made).image(read_index(made).iloc[0]).shape[2] == 3
     assert json.loads((made / "settings.json").read_text())["perturbation"]["kind"] == "blur-1"
+
+
+# videos
+
+
+@pytest.fixture
+def film(tmp_path, make_clip):
+    """A clip of 24 frames that tell their time, 96 x 128 pixels."""
+    return make_clip(tmp_path / "film.mp4", crf=10)
+
+
+def test_levels_grow_worse_and_are_all_known():
+    for name in ("jpeg", "resize", "blur", "noise"):
+        errors = [np.square(perturb(picture(), f"{name}-{level:g}", rng()) - picture().astype(float)).mean()
+                  for level in LEVELS[name]]  # fmt: skip
+        assert len(errors) == 5 and errors == sorted(errors) and errors[0] > 0, name
+    assert set(VIDEO_KINDS) == {f"h264-{c}" for c in (18, 23, 28, 34, 40)} | {f"drop-{p}" for p in (10, 25, 50, 75, 90)}
+    assert len(KINDS) == 21 and not set(KINDS) & set(VIDEO_KINDS)
+
+
+def test_recompressed_videos_keep_every_frame_and_have_coarser_ones(film, tmp_path):
+    source, sizes, errors = read_frames(film, 100), [], []
+    for crf in LEVELS["h264"]:
+        out = recompress(film, tmp_path / f"{crf}.mp4", crf)
+        found = read_frames(out, 100, qp=True)
+        assert probe(out).codec == "h264" and found.fps == source.fps
+        assert len(found.frames) == 24 and np.array_equal(found.indices, source.indices)
+        np.testing.assert_allclose(found.pts - found.pts[0], source.pts - source.pts[0], atol=1e-4)
+        # CRF sets the quantiser of an average frame; key frames have less, B-frames more
+        assert crf - 6 < found.qp.mean() < crf + 5
+        away = np.abs(found.frames[:, None].astype(float) - source.frames[None].astype(float)).mean((2, 3, 4))
+        # coarse frames may look like the one before, never like one far away
+        assert np.abs(away.argmin(1) - np.arange(24)).max() <= (crf > 23) + (crf > 34)
+        errors.append(np.diag(away).mean())
+        sizes.append(out.stat().st_size)
+    assert errors == sorted(errors) and sizes == sorted(sizes, reverse=True) and sizes[0] > 1.5 * sizes[-1]
+    assert recompress(film, tmp_path / "again.mp4", 40).read_bytes() == (tmp_path / "40.mp4").read_bytes()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_recompressed_videos_stand_upright_and_have_even_sides(tmp_path):
+    frames = moving_frames(8, 95, 127)
+    odd = encode(tmp_path / "odd.mp4", frames, crf=10, pix_fmt="yuv444p")
+    found = read_frames(recompress(odd, tmp_path / "even.mp4", 18), 100).frames
+    assert found.shape == (8, 94, 126, 3) and np.abs(found - frames[:, :94, :126].astype(float)).mean() < 6
+    turned = rotate_mark(encode(tmp_path / "turned.mp4", moving_frames(8), crf=10), 90)
+    shown = read_frames(turned, 100).frames
+    found = read_frames(recompress(turned, tmp_path / "upright.mp4", 18), 100)
+    assert found.orientation == 1 and found.frames.shape == shown.shape == (8, 128, 96, 3)
+    assert np.abs(found.frames - shown.astype(float)).mean() < 6
+
+
+def test_what_is_no_video_is_not_encoded(tmp_path, film):
+    (tmp_path / "text.mp4").write_text("not a video")
+    (tmp_path / "cut.mp4").write_bytes(film.read_bytes()[: film.stat().st_size // 2])
+    for name in ("text.mp4", "cut.mp4", "missing.mp4"):
+        try:
+            recompress(tmp_path / name, tmp_path / "out.mp4", 23)
+        except MediaError:
+            assert not (tmp_path / "out.mp4").exists()
+        else:  # of a file that ends early, what there is
+            assert name == "cut.mp4" and 0 < len(read_frames(tmp_path / "out.mp4", 100).frames) < 24
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_lost_frames_are_counted_and_hold_each_other():
+    left = {p: kept(12, p, rng(3)).tolist() for p in (0, *LEVELS["drop"], 100)}
+    assert {p: len(found) for p, found in left.items()} == {0: 12, 10: 11, 25: 9, 50: 6, 75: 3, 90: 1, 100: 1}
+    for found in left.values():
+        assert found == sorted(set(found)) and set(found) <= set(range(12))
+    order = list(left.values())
+    assert all(set(less) <= set(more) for more, less in zip(order, order[1:], strict=False))
+    assert kept(1, 90, rng()).tolist() == [0] and left[0] == list(range(12))
+    counts = np.zeros(12)
+    for seed in range(600):
+        counts[kept(12, 50, rng(seed))] += 1
+    assert 240 < counts.min() and counts.max() < 360  # every frame is lost about as often

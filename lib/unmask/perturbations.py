@@ -1,18 +1,23 @@
-"""Pictures as they come back from the world: recompressed, resized, blurred, noisy. For tests of robustness.
+"""Media as they come back from the world: recompressed, resized, blurred, noisy, with gaps. For tests of robustness.
 
 `perturb` changes one picture; `perturbed_crops` makes a folder of perturbed crops that stands in for the one
-it was made from: same items, frames and landmarks.
+it was made from: same items, frames and landmarks. `recompress` writes a whole video anew, `kept` loses frames of one.
 """
 
 import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import cv2
 import numpy as np
 import pandas as pd
+from av.container import InputContainer
+from av.video.stream import VideoStream
 
 from unmask import sbi
 from unmask.data.crops import (
@@ -25,10 +30,26 @@ from unmask.data.crops import (
     read_index,
     read_items,
 )
+from unmask.data.decoding import CONTAINERS
+from unmask.data.frames import MediaError
+from unmask.data.video import encode
 from unmask.profile import digest, source_hash, write_atomic
 from unmask.progress import track
 
-KINDS = ("jpeg-75", "jpeg-50", "jpeg-30", "resize-0.5", "resize-0.25", "blur-1", "blur-2", "noise-4")
+LEVELS = {
+    "jpeg": (95, 80, 65, 50, 30),
+    "resize": (0.75, 0.5, 0.35, 0.25, 0.15),
+    "blur": (1, 1.5, 2, 3, 4),
+    "noise": (2, 4, 8, 12, 16),
+    "h264": (18, 23, 28, 34, 40),
+    "drop": (10, 25, 50, 75, 90),
+}
+"""What is studied, from mild to strong. A kind is NAME-LEVEL: the first four change a picture, as `perturb` says;
+h264-C: a video encoded anew at constant rate factor C; drop-P: P % of a clip's frames are lost."""
+KINDS = ("jpeg-75", *(f"{name}-{level:g}" for name in list(LEVELS)[:4] for level in LEVELS[name]))
+"""Of a picture."""
+VIDEO_KINDS = tuple(f"{name}-{level:g}" for name in ("h264", "drop") for level in LEVELS[name])
+"""Of a video."""
 _SIDE = 256  # pixels; of the picture that the widths of blurs are given for
 _PLACE = ("shard", "offset", "size")  # columns that say where a crop lies, not what it is
 
@@ -97,6 +118,41 @@ def perturbed_crops(
         write_atomic(partial / "settings.json", json.dumps(settings, indent=1, sort_keys=True) + "\n")
         _replace(out, partial)
     return out
+
+
+def recompress(source: str | os.PathLike, target: str | os.PathLike, crf: int) -> Path:
+    """Write all frames of a video as H.264 of constant rate factor `crf` (0 to 51, 51 the worst); returns `target`.
+
+    Every frame stays, upright and at the video's mean rate; of an odd width or height the last pixels are lost, as
+    4:2:0 video has even ones. For media that could be decoded before: the native decoder runs in this process.
+    MediaError for others.
+    """
+    try:
+        with av.open(str(source), options={"protocol_whitelist": "file", "format_whitelist": CONTAINERS}) as container:
+            stream = container.streams.best("video")
+            if stream is None:
+                raise MediaError("no video stream")
+            rate = Fraction(stream.average_rate or stream.guessed_rate or 25)
+            return encode(target, _upright(container, stream), rate, crf)
+    except (av.error.FFmpegError, ValueError) as error:  # ValueError: no frames, or frames that change size
+        raise MediaError("cannot be encoded anew") from error
+
+
+def _upright(container: InputContainer, stream: VideoStream) -> Iterator[np.ndarray]:
+    """All frames as displayed, uint8[H,W,3], one after another: a whole video may not fit the memory."""
+    stream.codec_context.thread_count = 1
+    for frame in container.decode(stream):
+        picture = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation % 360 // 90)
+        yield picture[: picture.shape[0] // 2 * 2, : picture.shape[1] // 2 * 2]
+
+
+def kept(count: int, lost: float, rng: np.random.Generator) -> np.ndarray:
+    """Positions int[K] in order of what is left of a clip's `count` frames after `lost` % of them; at least one.
+
+    The same rng gives losses that hold each other: what 25 % lose, 50 % lose too.
+    """
+    order = rng.permutation(count)
+    return np.sort(order[min(round(count * lost / 100), count - 1) :])
 
 
 def _check(kind: str) -> None:
