@@ -52,6 +52,7 @@ CHAPTERS = (
         needs=("06_temporal",),
         keys=("sbi", "convnext", "train", "temporal", "ablation", "evaluate", "seed", "seeds"),
     ),
+    Chapter("11_authenticate", needs=("09_cross_dataset",), keys=("preprocess", "evaluate")),
 )
 
 
