@@ -21,7 +21,8 @@ from unmask.data.crops import CropStore, read_index
 from unmask.data.datasets import index
 from unmask.data.manifest import read_manifest, write_manifest
 from unmask.detectors.base import load_checkpoint
-from unmask.evaluation import auc_interval, join
+from unmask.evaluation import join
+from unmask.intervals import auc_interval
 from unmask.leaks import file_facts, metadata_scores
 from unmask.parallel import side_by_side
 from unmask.preprocessing import preprocess

@@ -24,7 +24,7 @@ from sklearn.metrics import roc_auc_score
 
 from unmask.data.video import read_frames
 from unmask.data.world import METHODS, generate
-from unmask.evaluation import auc_interval
+from unmask.intervals import auc_interval
 from unmask.leaks import file_facts, metadata_auc
 from unmask.profile import load_profile
 from unmask.progress import track

@@ -2,8 +2,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from unmask import evaluation
 from unmask.comparison import compare
+from unmask.intervals import auc_difference, paired_p
 
 
 def score_rows(head, variant, seed, scores):
@@ -43,5 +43,11 @@ def test_comparison_is_paired_and_averages_seeds():
     draws = dict(level=0.95, draws=50)
     both = np.stack([bad, good], 1)
     labels, groups = manifest["label"], manifest["group_id"]
-    _, *interval = evaluation.auc_difference(labels, np.stack([good, good], 1), both, groups, **draws)
+    _, *interval = auc_difference(labels, np.stack([good, good], 1), both, groups, **draws)
     assert table.loc[("swap", "gru", "in order"), ["gain_low", "gain_high"]].tolist() == pytest.approx(interval)
+    rows = table.loc["swap"]
+    assert np.isnan(rows.loc[("mean", "in order"), ["p", "p_holm"]].astype(float)).all(), "the control is not compared"
+    for key, own in ((("gru", "in order"), good), (("gru", "frozen"), bad)):
+        assert rows.loc[key, "p"] == paired_p(labels, np.stack([own, own], 1), both, groups)
+    small, large = sorted(rows["p"].dropna())
+    assert sorted(rows["p_holm"].dropna()) == pytest.approx([min(1, 2 * small), min(1, max(2 * small, large))])

@@ -15,7 +15,8 @@ from unmask.data.datasets import index
 from unmask.data.df40_protocols import P3, content_hashes, evaluate_p3, p3, published
 from unmask.data.layouts import write_layout
 from unmask.data.manifest import write_manifest
-from unmask.evaluation import ScoreError, equal_error_rate
+from unmask.evaluation import ScoreError
+from unmask.metrics import equal_error_rate
 
 EIGHT = ["heygen", "MidJourney", "whichfaceisreal", "stargan", "starganv2", "styleclip", "e4e", "CollabDiff"]
 

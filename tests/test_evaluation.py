@@ -1,27 +1,22 @@
-"""Metrics against scikit-learn and a plain bootstrap; who may choose a threshold; what a result row counts."""
+"""Score tables to result tables: who may choose a threshold; what a result row counts."""
 
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn.metrics import average_precision_score, balanced_accuracy_score, roc_auc_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 from unmask import leaks
 from unmask.data.manifest import COLUMNS, item_id, read_manifest, write_manifest
 from unmask.evaluation import (
     ScoreError,
-    auc_difference,
     auc_interval,
-    balanced_threshold,
-    calibration_error,
-    equal_error_rate,
     evaluate,
     evaluate_files,
     join,
     read_scores,
-    recalls,
-    reliability,
     write_scores,
 )
+from unmask.metrics import balanced_threshold, calibration_error, tpr_at_fpr
 
 
 def make_manifest(plan):
@@ -85,77 +80,9 @@ def test_auc_and_ap_are_those_of_scikit_learn_ties_included(digits):
     joined = scores.merge(manifest, on="item_id").query("frame >= 0 and split == 'test' and dataset == 'a'")
     assert row["auc"] == pytest.approx(roc_auc_score(joined["label"], joined["score"]))
     assert row["ap"] == pytest.approx(average_precision_score(joined["label"], joined["score"]))
-
-
-@pytest.mark.parametrize("seeds", [1, 3])
-def test_the_interval_is_that_of_a_plain_group_bootstrap(seeds):
-    rng = np.random.default_rng(1)
-    labels, groups = rng.integers(0, 2, 60), rng.integers(0, 9, 60).astype(str)
-    scores = (rng.random((60, seeds)) + 0.3 * labels[:, None]).round(1)
-    names = sorted(set(groups))
-    draws = np.random.default_rng(7)
-    expected = []
-    # The same draws in the same order: 200 at a time.
-    for count in (200, 200, 50):
-        for drawn in draws.multinomial(len(names), np.full(len(names), 1 / len(names)), size=count):
-            weights = np.array([drawn[names.index(g)] for g in groups])
-            if weights[labels == 1].any() and weights[labels == 0].any():
-                expected.append(np.mean([roc_auc_score(labels, column, sample_weight=weights) for column in scores.T]))
-    auc, low, high = auc_interval(labels, scores, groups, level=0.9, draws=450, seed=7)
-    assert auc == pytest.approx(np.mean([roc_auc_score(labels, column) for column in scores.T]))
-    assert (low, high) == pytest.approx(tuple(np.quantile(expected, [0.05, 0.95])))
-
-
-def test_a_missing_class_or_a_single_group_has_no_interval():
-    assert np.isnan(auc_interval([1, 1], [0.1, 0.2], ["a", "b"])).all()
-    assert np.isnan(auc_interval([], [], [])).all()
-    auc, low, high = auc_interval([0, 1, 1], [0.1, 0.2, 0.05], ["a"] * 3)
-    assert auc == 0.5 and np.isnan([low, high]).all()
-
-
-def test_the_interval_covers_the_true_auc():
-    """100 made data sets whose groups shift their scores; the true AUC of the mixture is known from a large draw."""
-
-    def draw(rng, groups):
-        group = np.repeat(np.arange(groups), 4)
-        labels, shift = group % 2, rng.normal(0, 1, groups)[group]
-        return labels, shift + labels + rng.normal(0, 1, len(labels)), group
-
-    labels, scores, _ = draw(np.random.default_rng(0), 50_000)
-    truth = roc_auc_score(labels, scores)
-    covered = {"groups": 0, "items": 0}
-    for k in range(100):
-        labels, scores, groups = draw(np.random.default_rng([1, k]), 40)
-        for unit, drawn in (("groups", groups), ("items", np.arange(len(labels)))):
-            _, low, high = auc_interval(labels, scores, drawn, draws=400)
-            covered[unit] += low <= truth <= high
-    assert 85 <= covered["groups"] <= 100
-    assert covered["items"] < 85, "items drawn one by one ignore that a group's scores rise and fall together"
-
-
-def test_equal_error_rate_on_constructed_cases():
-    assert equal_error_rate([0, 0, 1, 1], [0.1, 0.2, 0.8, 0.9]) == 0
-    assert equal_error_rate([0, 0, 1, 1], [0.8, 0.9, 0.1, 0.2]) == 1
-    assert equal_error_rate([0, 1], [0.5, 0.5]) == pytest.approx(0.5)
-    # One of four reals above the threshold and one of four fakes below it.
-    assert equal_error_rate([0, 0, 0, 0, 1, 1, 1, 1], [1, 2, 3, 6, 4, 7, 8, 9]) == pytest.approx(0.25)
-    # Two reals, three fakes: (0, 1/3) and (1/2, 1/3) are on the curve, and the diagonal is met at 1/3 in between.
-    assert equal_error_rate([0, 0, 1, 1, 1], [1, 4, 3, 5, 6]) == pytest.approx(1 / 3)
-
-
-def test_the_threshold_has_the_best_balanced_accuracy():
-    rng = np.random.default_rng(3)
-    labels = rng.integers(0, 2, 50)
-    scores = (rng.random(50) + 0.4 * labels).round(1)
-    best = balanced_threshold(labels, scores)
-    every = [balanced_accuracy_score(labels, scores >= t) for t in np.unique(scores)]
-    assert (
-        balanced_accuracy_score(labels, scores >= best)
-        == max(every)
-        == pytest.approx(np.mean(recalls(labels, scores, best)))
-    )
-    assert np.isnan(balanced_threshold([1, 1], [0.2, 0.3]))
-    assert np.isnan(recalls([0, 1], [0.2, 0.3], float("nan"))).all(), "no threshold is not a threshold of infinity"
+    assert row["pauc"] == pytest.approx(roc_auc_score(joined["label"], joined["score"], max_fpr=0.1))
+    assert row["tpr_at_1"] == tpr_at_fpr(joined["label"], joined["score"], 0.01)
+    assert row["ece"] == calibration_error(joined["label"], joined["score"])
 
 
 def test_the_threshold_comes_from_validation_alone():
@@ -220,7 +147,7 @@ def test_several_seeds_are_averaged_and_can_be_seen_apart():
     apart = [only(each, seed=s, **where) for s in (4, 7)]
     row = only(mean, **where)
     assert row["seeds"] == 2
-    for figure in ("auc", "eer", "ap", "balanced_accuracy", "threshold"):
+    for figure in ("auc", "eer", "ap", "pauc", "tpr_at_1", "ece", "balanced_accuracy", "threshold"):
         assert row[figure] == pytest.approx(np.mean([r[figure] for r in apart]))
     assert apart[0]["threshold"] != apart[1]["threshold"], "every seed has its own threshold"
 
@@ -370,71 +297,3 @@ def test_a_forest_on_the_files_alone_finds_a_leak_of_the_train_split_and_nothing
     assert auc(facts.assign(codec=codec)) == 1.0
     lost = facts.assign(codec=codec, label=facts["label"].where(facts["split"] != "train", 0))
     assert auc(lost) == 0.5, "nothing to learn from"
-
-
-@pytest.mark.parametrize("seeds", [1, 2])
-def test_the_difference_is_that_of_a_plain_paired_bootstrap(seeds):
-    """Both detectors are judged on the same draws of groups, one scikit-learn AUC at a time."""
-    rng = np.random.default_rng(4)
-    labels, groups = np.tile([0, 1], 30), np.repeat(list("abcdefghijklmno"), 4)
-    hard = rng.normal(size=(60, 1))
-    one, other = (np.round(hard + 0.3 * rng.normal(size=(60, seeds)) + labels[:, None] * g, 1) for g in (1.0, 0.6))
-
-    def mean_auc(scores, rows):
-        return np.mean([roc_auc_score(labels[rows], column[rows]) for column in scores.T])
-
-    drawn = np.random.default_rng(7)
-    counts = np.concatenate([drawn.multinomial(15, np.full(15, 1 / 15), size=n) for n in (200, 100)])
-    expected = []
-    for count in counts:
-        rows = np.concatenate([np.flatnonzero(groups == g) for g in np.repeat(list("abcdefghijklmno"), count)])
-        expected.append(mean_auc(one, rows) - mean_auc(other, rows))
-    given = (one[:, 0], other[:, 0]) if seeds == 1 else (one, other)
-    found = auc_difference(labels, *given, groups, level=0.9, draws=300, seed=7)
-    everything = np.arange(60)
-    gain = mean_auc(one, everything) - mean_auc(other, everything)
-    assert found == pytest.approx((gain, *np.quantile(expected, [0.05, 0.95])))
-    _, low, high = auc_interval(labels, given[0], groups, level=0.9, draws=300, seed=7)
-    assert found[2] - found[1] < high - low, "what is hard for both cancels"
-
-
-def test_a_difference_to_itself_is_nothing_and_without_a_class_there_is_none():
-    labels, scores = np.array([0, 1, 0, 1]), np.array([0.1, 0.4, 0.3, 0.2])
-    assert auc_difference(labels, scores, scores, list("aabb")) == (0, 0, 0)
-    assert np.isnan(auc_difference([1, 1], [0.1, 0.2], [0.3, 0.2], ["a", "b"])).all()
-    assert np.isnan(auc_difference([], [], [], [])).all()
-    value, low, high = auc_difference([0, 1], [0.1, 0.2], [0.2, 0.1], ["a", "a"])
-    assert value == 1 and np.isnan([low, high]).all(), "one group cannot be drawn anew"
-
-
-@pytest.mark.parametrize("bins", [1, 4, 10, 100])
-def test_calibration_is_that_of_a_plain_loop_over_the_parts(bins):
-    rng = np.random.default_rng(bins)
-    scores = np.r_[rng.random(60) ** 2, 0, 1, 0.3, 0.29]  # the last ones lie on edges
-    labels = (rng.random(64) < scores**2).astype(int)
-    rows, error = [], 0
-    for k in range(bins):
-        low, high = k / bins, (k + 1) / bins
-        own = [i for i, s in enumerate(scores) if low <= s < high or (s == 1 and k == bins - 1)]
-        if own:
-            mean, share = sum(scores[own]) / len(own), sum(labels[own]) / len(own)
-            rows.append((low, high, mean, share, len(own)))
-            error += abs(mean - share) * len(own) / 64
-    table = reliability(labels, scores, bins)
-    assert list(table.columns) == ["low", "high", "score", "fakes", "n"] and table["n"].sum() == 64
-    np.testing.assert_allclose(table.to_numpy(float), rows, rtol=0, atol=1e-12)
-    assert calibration_error(labels, scores, bins) == pytest.approx(error, abs=1e-12)
-    assert calibration_error(1 - labels, 1 - scores, 1) == pytest.approx(calibration_error(labels, scores, 1))
-
-
-def test_the_calibration_of_plain_cases():
-    always = np.array([0, 0, 1, 1])
-    assert calibration_error(always, always.astype(float)) == 0, "certain and right"
-    assert calibration_error(1 - always, always.astype(float)) == 1, "certain and wrong"
-    assert calibration_error(always, np.full(4, 0.5)) == 0, "half are fake, as it says"
-    assert calibration_error(always, [0.1, 0.3, 0.9, 0.7]) == pytest.approx((0.1 + 0.3 + 0.1 + 0.3) / 4)
-    assert reliability([0, 1], [0.05, 0.95]).loc[:, ["low", "high"]].to_numpy().tolist() == [[0, 0.1], [0.9, 1]]
-    assert np.isnan(calibration_error([], []))
-    for scores in ([0.2, 1.5], [-0.1, 0.2], [np.nan, 0.2]):
-        with pytest.raises(ValueError, match="not all probabilities"):
-            reliability([0, 1], scores)

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
-from unmask.evaluation import RUN, auc_interval, join
+from unmask.evaluation import RUN, join
+from unmask.intervals import auc_interval
 
 TOP = 0.25  # share of the frames that "top" takes the mean of, at least one
 

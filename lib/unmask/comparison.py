@@ -2,7 +2,8 @@
 
 import pandas as pd
 
-from unmask.evaluation import auc_difference, auc_interval, join, slices
+from unmask.evaluation import join, slices
+from unmask.intervals import auc_difference, auc_interval, holm, paired_p
 
 
 def compare(
@@ -11,8 +12,10 @@ def compare(
     """AUC of every detector and variant, and its difference to `control`, per data set and method.
 
     scores: a score table with one frame per item (-1). control: (detector, variant). Columns dataset, method, detector,
-    variant, seeds, items; auc, low, high; gain, gain_low, gain_high. Intervals come from a bootstrap over groups, drawn
-    alike for both; seeds are averaged in every draw. All are judged on the items that all of them scored.
+    variant, seeds, items; auc, low, high; gain, gain_low, gain_high; p, p_holm. Intervals are drawn over groups, alike
+    for both; seeds are averaged in every draw. p is that of `paired_p` for "no gain"; p_holm corrects it for all rows
+    of the table together, every data set and method, except those of the control itself, whose p are NaN. All are
+    judged on the items that all of them scored.
     """
     rows = []
     for where, part in slices(join(scores, manifest)).items():
@@ -28,5 +31,7 @@ def compare(
             gain = auc_difference(labels, own, other, groups, level, draws)
             numbers = dict(zip(("auc", "low", "high", "gain", "gain_low", "gain_high"), auc + gain, strict=True))
             about = {"dataset": where.dataset, "method": where.method, "detector": detector, "variant": variant}
-            rows.append(about | {"seeds": own.shape[1], "items": len(wide)} | numbers)
-    return pd.DataFrame(rows)
+            p = float("nan") if (detector, variant) == tuple(control) else paired_p(labels, own, other, groups)
+            rows.append(about | {"seeds": own.shape[1], "items": len(wide)} | numbers | {"p": p})
+    table = pd.DataFrame(rows)
+    return table if table.empty else table.assign(p_holm=holm(table["p"]))

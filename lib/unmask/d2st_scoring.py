@@ -19,8 +19,8 @@ from unmask.d2st_plan import groups
 from unmask.data.crops import CropStore
 from unmask.detectors import base
 from unmask.detectors.clip_d2st import AdaptedClip
-from unmask.evaluation import balanced_threshold, calibration_error
 from unmask.features import arranged
+from unmask.metrics import balanced_threshold, calibration_error
 from unmask.prefixes import Prefixes
 
 LOOKS = {

@@ -1,4 +1,4 @@
-"""Judge detectors from score tables and the manifest alone: AUC with group-bootstrap intervals, EER, AP, thresholds.
+"""Judge detectors from score tables and the manifest alone: AUC with intervals over groups, EER, AP, thresholds.
 
 The threshold of a detector is the one with the best balanced accuracy on the validation split of the data set it was
 trained on; test scores never choose anything.
@@ -15,6 +15,16 @@ import pyarrow
 from sklearn.metrics import average_precision_score, roc_curve
 
 from unmask.data.manifest import media_path, read_manifest
+from unmask.intervals import auc_interval
+from unmask.intervals import delong as delong  # for whoever asks this module
+from unmask.metrics import (
+    balanced_threshold,
+    calibration_error,
+    equal_error_rate,
+    partial_auc,
+    recalls,
+    tpr_at_fpr,
+)
 from unmask.profile import write_atomic
 
 SCORES = pa.DataFrameSchema(
@@ -83,130 +93,6 @@ def _check(table: pd.DataFrame, name: str | os.PathLike) -> pd.DataFrame:
         raise ScoreError(f"{name} is not a valid score table: {column} fails {check} (found {case}).") from error
 
 
-def _aucs(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """AUC for every row of weights[D,N]; ties count half; NaN where a class has no weight."""
-    values, place = np.unique(scores, return_inverse=True)
-    starts = np.searchsorted(np.sort(place), np.arange(len(values)))
-    order = np.argsort(place, kind="stable")
-    positive = np.add.reduceat((weights * (labels == 1))[:, order], starts, axis=1)
-    negative = np.add.reduceat((weights * (labels == 0))[:, order], starts, axis=1)
-    below = np.cumsum(negative, 1) - 0.5 * negative
-    mass = positive.sum(1) * negative.sum(1)
-    return np.divide((positive * below).sum(1), mass, out=np.full(len(weights), np.nan), where=mass > 0)
-
-
-def _mean_aucs(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The mean AUC over the columns of scores[N,S], for every row of weights[D,N]."""
-    return np.mean([_aucs(labels, column, weights) for column in scores.T], axis=0)
-
-
-def _bootstrap(statistic, groups, level: float, draws: int, seed: int) -> tuple[float, float, float]:
-    """statistic(weights[D,N]) -> [D] of all items, with a percentile interval over groups drawn with replacement."""
-    _, member = np.unique(np.asarray(groups).astype(str), return_inverse=True)
-    count = member.max() + 1
-    value = float(statistic(np.ones((1, len(member))))[0])
-    if count < 2 or np.isnan(value):
-        return value, float("nan"), float("nan")
-    rng, sample = np.random.default_rng(seed), []
-    for start in range(0, draws, 200):  # bounds the memory at 200 x N
-        drawn = rng.multinomial(count, np.full(count, 1 / count), size=min(200, draws - start))
-        sample.append(statistic(drawn[:, member].astype(float)))
-    low, high = np.nanquantile(np.concatenate(sample), [(1 - level) / 2, (1 + level) / 2])
-    return value, float(low), float(high)
-
-
-def _columns(scores) -> np.ndarray:
-    scores = np.asarray(scores, float)
-    return scores[:, None] if scores.ndim == 1 else scores
-
-
-def auc_interval(
-    labels, scores, groups, level: float = 0.95, draws: int = 1000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Area under the ROC curve with a percentile interval from a bootstrap over groups: (auc, low, high).
-
-    labels: int[N], 1 = fake; groups: any[N], the leakage units that are drawn with replacement. scores: float[N], or
-    float[N,S] for S seeds of one detector: then the AUC is the mean over seeds, in every draw too. NaN if a class is
-    missing; the interval is NaN with fewer than two groups.
-    """
-    labels, scores = np.asarray(labels), _columns(scores)
-    if len(labels) == 0:
-        return (float("nan"),) * 3
-    return _bootstrap(lambda weights: _mean_aucs(labels, scores, weights), groups, level, draws, seed)
-
-
-def auc_difference(
-    labels, scores, others, groups, level: float = 0.95, draws: int = 1000, seed: int = 0
-) -> tuple[float, float, float]:
-    """AUC of `scores` minus that of `others` on the same items, with a paired interval: (difference, low, high).
-
-    Arguments as in `auc_interval`; every draw of groups serves both detectors, so that what is hard for both cancels.
-    """
-    labels, scores, others = np.asarray(labels), _columns(scores), _columns(others)
-    if len(labels) == 0:
-        return (float("nan"),) * 3
-
-    def difference(weights: np.ndarray) -> np.ndarray:
-        return _mean_aucs(labels, scores, weights) - _mean_aucs(labels, others, weights)
-
-    return _bootstrap(difference, groups, level, draws, seed)
-
-
-def equal_error_rate(labels, scores) -> float:
-    """The error rate where false alarms are as frequent as misses, interpolated along the ROC curve."""
-    fpr, tpr, _ = roc_curve(labels, scores)
-    gap = fpr - (1 - tpr)
-    i = int(np.argmax(gap >= 0))
-    if gap[i] == 0 or i == 0:
-        return float(fpr[i])
-    share = -gap[i - 1] / (gap[i] - gap[i - 1])
-    return float(fpr[i - 1] + share * (fpr[i] - fpr[i - 1]))
-
-
-def balanced_threshold(labels, scores) -> float:
-    """The threshold (fake if score >= threshold) of the best balanced accuracy; NaN if a class is missing."""
-    labels = np.asarray(labels)
-    if len(np.unique(labels)) < 2:
-        return float("nan")
-    fpr, tpr, thresholds = roc_curve(labels, scores, drop_intermediate=False)
-    return float(thresholds[1:][np.argmax((tpr - fpr)[1:])])
-
-
-def recalls(labels, scores, threshold: float) -> tuple[float, float]:
-    """Share of reals called real and of fakes called fake at a threshold; NaN if it, or the class, is missing."""
-    if np.isnan(threshold):
-        return float("nan"), float("nan")
-    labels, fake = np.asarray(labels), np.asarray(scores) >= threshold
-    return tuple(float(np.mean(fake[labels == c] == bool(c))) if (labels == c).any() else float("nan") for c in (0, 1))
-
-
-def reliability(labels, scores, bins: int = 10) -> pd.DataFrame:
-    """How often media of a score are fake: a row for each of `bins` equal parts of 0..1 that holds a score.
-
-    labels: int[N], 1 = fake; scores: float[N], P(fake). Columns: low, high (a score of `high` is in the next part,
-    except 1), score (mean), fakes (share) and n. ValueError for scores outside of 0..1.
-    """
-    labels, scores = np.asarray(labels), np.asarray(scores, float)
-    if not ((scores >= 0) & (scores <= 1)).all():
-        raise ValueError("scores are not all probabilities, 0 to 1")
-    edges = np.arange(bins + 1) / bins
-    place = np.minimum(np.searchsorted(edges, scores, side="right") - 1, bins - 1)
-    part = pd.DataFrame({"place": place, "score": scores, "fakes": labels == 1}).groupby("place")
-    table = part.agg(score=("score", "mean"), fakes=("fakes", "mean"), n=("fakes", "size")).reset_index()
-    low, high = edges[table["place"]], edges[table["place"] + 1]
-    return table.drop(columns="place").assign(low=low, high=high)[["low", "high", "score", "fakes", "n"]]
-
-
-def calibration_error(labels, scores, bins: int = 10) -> float:
-    """Expected calibration error of P(fake): mean distance of the mean score from the share of fakes in the parts of
-    `reliability`, weighted by their media; NaN without any. Guo et al., ICML 2017, section 2, on P(fake) instead of
-    the confidence of the answer."""
-    table = reliability(labels, scores, bins)
-    if table.empty:
-        return float("nan")
-    return float(np.average((table["score"] - table["fakes"]).abs(), weights=table["n"]))
-
-
 def join(scores: pd.DataFrame, manifest: pd.DataFrame) -> pd.DataFrame:
     """Scores with what the manifest knows of each item. ScoreError if an item is unknown."""
     unknown = set(scores["item_id"]) - set(manifest["item_id"])
@@ -267,6 +153,9 @@ def _row(wide: pd.DataFrame, seeds: list[int], thresholds: dict[int, float], lev
         "auc": auc, "low": low, "high": high,
         "eer": np.mean([equal_error_rate(labels, s) for s in scores.T]) if both else np.nan,
         "ap": np.mean([average_precision_score(labels, s) for s in scores.T]) if both else np.nan,
+        "pauc": np.mean([partial_auc(labels, s) for s in scores.T]),
+        "tpr_at_1": np.mean([tpr_at_fpr(labels, s, 0.01) for s in scores.T]),
+        "ece": np.mean([calibration_error(labels, s) for s in scores.T]),
         "threshold": np.mean([thresholds[k] for k in seeds]),
         "balanced_accuracy": recall.mean(), "recall_real": recall[:, 0].mean(), "recall_fake": recall[:, 1].mean(),
         "accuracy": (recall.mean(0) * (n_real, n_fake)).sum() / (n_real + n_fake) if both else np.nan,
@@ -284,10 +173,11 @@ def evaluate(
 ) -> pd.DataFrame:
     """The result table: one row per detector, variant, level, data set, method and choice of reals.
 
-    Columns: auc with its interval (low, high), eer, ap, balanced_accuracy / recalls / accuracy at the validation
-    threshold (NaN where no validation item was scored), majority (accuracy of the constant answer), counts and the
-    median of scored frames per video (NaN if only clips were scored). seeds="each" gives a row per seed. Items of the
-    manifest that lack the score of a seed lower `coverage` and count nowhere else.
+    Columns: auc with its interval (low, high), eer, ap, pauc (to a false positive rate of 10 %), tpr_at_1 (at 1 %),
+    ece (calibration error), balanced_accuracy / recalls / accuracy at the validation threshold (NaN where no validation
+    item was scored), majority (accuracy of the constant answer), counts and the median of scored frames per video (NaN
+    if only clips were scored). seeds="each" gives a row per seed. Items of the manifest that lack the score of a seed
+    lower `coverage` and count nowhere else.
     """
     df, rows = join(scores, manifest), []
     keys = ["detector", "variant"] if seeds == "mean" else RUN

@@ -8,7 +8,7 @@ from sklearn.ensemble import RandomForestClassifier
 
 from unmask.data.manifest import media_path
 from unmask.data.video import MediaError, probe
-from unmask.evaluation import auc_interval
+from unmask.intervals import auc_interval
 from unmask.progress import track
 
 FACTS = ("pixels", "frames", "fps", "bits_per_pixel")
@@ -34,7 +34,7 @@ def file_facts(manifest: pd.DataFrame, manifest_path: Path) -> pd.DataFrame:
 
 
 def metadata_auc(facts: pd.DataFrame, draws: int = 1000, level: float = 0.95) -> pd.DataFrame:
-    """AUC with its group-bootstrap interval of each single fact, taken as a detector, per data set and kind."""
+    """AUC with its interval over groups of each single fact, taken as a detector, per data set and kind."""
     rows = []
     for (dataset, kind), part in facts.groupby(["dataset", "kind"], sort=True):
         for fact in FACTS:

@@ -22,8 +22,8 @@ from unmask.camera_evidence import CameraEvidence
 from unmask.data.crops import CropStore, read_index
 from unmask.data.manifest import read_manifest
 from unmask.detectors import base
-from unmask.evaluation import balanced_threshold
 from unmask.fingerprints import best_device, read_patterns, write_rows
+from unmask.metrics import balanced_threshold
 from unmask.parallel import side_by_side
 from unmask.profile import Profile, write_json
 from unmask.progress import track

@@ -14,7 +14,9 @@ from scipy.stats import ks_2samp, rankdata
 
 from unmask import laws
 from unmask.data.crops import CropStore
-from unmask.evaluation import auc_interval, join, recalls
+from unmask.evaluation import join
+from unmask.intervals import auc_interval
+from unmask.metrics import recalls
 from unmask.pseudo_labels import AGREEMENT, CUE, single_feature, standardise
 from unmask.unsupervised import STEPS, TRACES
 

@@ -16,7 +16,9 @@ from sklearn.metrics import average_precision_score
 from unmask.data.adapters_ffpp import DF40_DOMAINS, df40_empty_folders, df40_place
 from unmask.data.manifest import media_path
 from unmask.data.tree import some
-from unmask.evaluation import auc_interval, equal_error_rate, join, levels, recalls
+from unmask.evaluation import join, levels
+from unmask.intervals import auc_interval
+from unmask.metrics import equal_error_rate, recalls
 
 DATASET = "df40"  # as `unmask index --layout df40` names it
 _FAMILIES = {"ffpp": "FaceForensics++", "celebdf": "Celeb-DF"}  # by the family of their subjects

@@ -1,0 +1,251 @@
+"""How sure an AUC is: intervals over groups, and tests between two detectors on the same items.
+
+Items of a group (a person, a source) rise and fall together, so that groups, not items, are drawn and counted. The
+standard error is Obuchowski's for AUCs of clustered data (Biometrics 53, 1997). The interval of one AUC, in log odds,
+reaches as many of them as lie half way between what a bootstrap-t over groups says (Efron and Tibshirani, An
+Introduction to the Bootstrap, 1993, chapter 12) and Student's t with Welch's degrees of freedom: alone, the first is
+too short with few groups and the second near 1, and a percentile bootstrap is both.
+Found by simulation, 500 data sets each: see `auc_interval`."""
+
+from collections.abc import Callable
+
+import numpy as np
+from scipy.optimize import brentq
+from scipy.special import expit, logit
+from scipy.stats import norm, rankdata
+from scipy.stats import t as student
+
+NOTHING = (float("nan"),) * 3
+ROWS = 200  # draws at a time, which bounds the memory at some ROWS x N
+
+
+class _Items:
+    """Which items are fake, and which group they belong to; counts[D,G] say how often a group was drawn."""
+
+    def __init__(self, labels, groups):
+        self.fake = np.asarray(labels) == 1
+        _, self.group = np.unique(np.asarray(groups).astype(str), return_inverse=True)
+        self.groups = int(self.group.max()) + 1
+        self.order = np.argsort(self.group, kind="stable")
+        self.starts = np.searchsorted(self.group[self.order], np.arange(self.groups))
+        sizes = [np.bincount(self.group[kind], minlength=self.groups) for kind in (self.fake, ~self.fake)]
+        self.sizes = np.stack(sizes)  # fakes and reals of each group
+        self.once = np.ones((1, self.groups))
+
+    def by_group(self, values: np.ndarray) -> np.ndarray:
+        """Sums over the items of each group: [D,N] to [D,G]."""
+        return np.add.reduceat(values[:, self.order], self.starts, axis=1)
+
+    def auc(self, scores: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """AUC[D] for scores[N] (ties count half), and what each group's fakes and reals add to it: [2,D,G].
+
+        The additions are those of one copy of the group, taken from the mean: with `counts` they sum to 0. NaN where a
+        draw lacks a class.
+        """
+        values, place = np.unique(scores, return_inverse=True)
+        order = np.argsort(place, kind="stable")
+        starts = np.searchsorted(place[order], np.arange(len(values)))
+        weights = counts[:, self.group].astype(float)
+        fakes, reals = (np.add.reduceat((weights * k)[:, order], starts, axis=1) for k in (self.fake, ~self.fake))
+        n_fake, n_real = fakes.sum(1, keepdims=True), reals.sum(1, keepdims=True)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            below = (np.cumsum(reals, 1) - reals / 2) / n_real
+            above = 1 - (np.cumsum(fakes, 1) - fakes / 2) / n_fake
+            auc = (fakes * below).sum(1, keepdims=True) / n_fake
+            added = np.where(self.fake, below[:, place], above[:, place]) - auc
+            parts = self.by_group(added * self.fake) / n_fake, self.by_group(added * ~self.fake) / n_real
+        return auc[:, 0], np.stack(parts)
+
+    def mean_auc(self, scores: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`auc` of the mean over the columns of scores[N,S]."""
+        found = [self.auc(column, counts) for column in scores.T]
+        return np.mean([auc for auc, _ in found], axis=0), np.mean([parts for _, parts in found], axis=0)
+
+    def variance(self, parts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Variance[D] of an AUC, or of a difference, from its parts[2,D,G]: Obuchowski 1997."""
+        drawn = [(counts * (size > 0)).sum(1) for size in self.sizes] + [counts.sum(1)]
+        few = [n / np.maximum(n - 1, 0.5) for n in drawn]
+        fakes, reals = parts
+        sums = [(counts * product).sum(1) for product in (fakes * fakes, reals * reals, 2 * fakes * reals)]
+        return np.maximum(sum(f * s for f, s in zip(few, sums, strict=True)), 0)
+
+    def freedom(self, parts: np.ndarray) -> float:
+        """Degrees of freedom of the variance: Welch and Satterthwaite over the two classes, at most groups - 1."""
+        few = (self.sizes > 0).sum(1)
+        own = (parts[:, 0] ** 2).sum(1) * few / np.maximum(few - 1, 0.5)
+        spread = (own**2 / np.maximum(few - 1, 0.5)).sum()
+        return float(np.clip(own.sum() ** 2 / spread if spread > 0 else 1, 1, self.groups - 1))
+
+    def drawn(self, statistic: Callable, draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """statistic(counts) -> (value[D], parts) for groups drawn with replacement: values and variances, no NaN."""
+        rng, values, variances = np.random.default_rng(seed), [], []
+        for start in range(0, draws, ROWS):
+            counts = rng.multinomial(self.groups, np.full(self.groups, 1 / self.groups), size=min(ROWS, draws - start))
+            value, parts = statistic(counts)
+            values.append(value)
+            variances.append(self.variance(parts, counts))
+        values, variances = np.concatenate(values), np.concatenate(variances)
+        return values[~np.isnan(values)], variances[~np.isnan(values)]
+
+
+def _columns(scores) -> np.ndarray:
+    scores = np.asarray(scores, float)
+    return scores[:, None] if scores.ndim == 1 else scores
+
+
+def _reach(pivots: np.ndarray, freedom: float, level: float) -> tuple[float, float]:
+    """How many standard errors an interval reaches down and up: half way between bootstrap-t and Student's t."""
+    least = student.ppf((1 + level) / 2, freedom)
+    if len(pivots) == 0:  # few draws, and every one lacks a class
+        return least, least
+    low, high = np.quantile(pivots, [(1 - level) / 2, (1 + level) / 2])
+    return (high + least) / 2, (least - low) / 2
+
+
+def _few_pairs(auc: float, units: np.ndarray, level: float) -> tuple[float, float]:
+    """Interval of an AUC whose groups do not vary, as of units[0] fakes and units[1] reals that are a group each.
+
+    The score interval with the variance of Hanley and McNeil: Newcombe, Statistics in Medicine 25 (2006), method 5.
+    """
+    reach, half = student.ppf((1 + level) / 2, max(units.sum() - 1, 1)) ** 2, units.sum() / 2 - 1
+
+    def excess(true: float) -> float:
+        shape = 1 + half * (1 - true) / (2 - true) + half * true / (1 + true)
+        return (auc - true) ** 2 - reach * true * (1 - true) * shape / units.prod()
+
+    tiny = 1e-12
+    low = 0.0 if auc == 0 else brentq(excess, tiny, auc - tiny)
+    return low, 1.0 if auc == 1 else brentq(excess, auc + tiny, 1 - tiny)
+
+
+def auc_interval(
+    labels, scores, groups, level: float = 0.95, draws: int = 1000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Area under the ROC curve with its interval over groups: (auc, low, high), 0 <= low <= auc <= high <= 1.
+
+    labels: int[N], 1 = fake; groups: any[N], the leakage units that are drawn with replacement. scores: float[N], or
+    float[N,S] for S seeds of one detector: then the AUC is the mean over seeds, in every draw too. NaN if a class is
+    missing; the interval is NaN with fewer than two groups.
+    """
+    labels, scores = np.asarray(labels), _columns(scores)
+    if len(labels) == 0:
+        return NOTHING
+    items = _Items(labels, groups)
+    (value,), parts = items.mean_auc(scores, items.once)
+    value = float(value)
+    if items.groups < 2 or np.isnan(value):
+        return value, float("nan"), float("nan")
+    variance, units = float(items.variance(parts, items.once)[0]), (items.sizes > 0).sum(1)
+    pairs = items.sizes.sum(1).prod()
+    half = 0.5 / pairs
+    if min(units) < 2 or not half < value < 1 - half:
+        return value, *_few_pairs(value, units, level)
+    aucs, variances = items.drawn(lambda counts: items.mean_auc(scores, counts), draws, seed)
+    inside = np.clip(aucs, half, 1 - half)
+    slope = value * (1 - value)
+    sure = (aucs <= half) | (aucs >= 1 - half) | (variances <= 1e-14)
+    errors = np.where(sure, 0.5, np.sqrt(variances) / (inside * (1 - inside)))
+    own = np.sqrt(variance) / slope
+    down, up = _reach((logit(inside) - logit(value)) / errors, items.freedom(parts), level)
+    return value, min(value, float(expit(logit(value) - down * own))), max(value, float(expit(logit(value) + up * own)))
+
+
+def auc_difference(
+    labels, scores, others, groups, level: float = 0.95, draws: int = 1000, seed: int = 0
+) -> tuple[float, float, float]:
+    """AUC of `scores` minus that of `others` on the same items, with a paired interval: (difference, low, high).
+
+    Arguments and NaN as in `auc_interval`; every draw of groups serves both detectors, so that what is hard for both
+    cancels. A symmetric bootstrap-t. Where both AUCs are 1 by different scores, or a class has one group alone, the two
+    single intervals are joined as independent ones: Zou and Donner, Statistics in Medicine 27 (2008).
+    """
+    labels, scores, others = np.asarray(labels), _columns(scores), _columns(others)
+    if len(labels) == 0:
+        return NOTHING
+    items = _Items(labels, groups)
+    (value,), parts = _contrast(items, scores, others)(items.once)
+    value = float(value)
+    if items.groups < 2 or np.isnan(value):
+        return value, float("nan"), float("nan")
+    if np.array_equal(scores, others):
+        return 0.0, 0.0, 0.0
+    error, units = float(np.sqrt(items.variance(parts, items.once)[0])), (items.sizes > 0).sum(1)
+    one, other = (float(items.mean_auc(columns, items.once)[0][0]) for columns in (scores, others))
+    if min(units) < 2 or (error < 1e-7 and {one, other} <= {0.0, 1.0}):
+        (low, high), (least, most) = _few_pairs(one, units, level), _few_pairs(other, units, level)
+        down, up = np.hypot(one - low, most - other), np.hypot(high - one, other - least)
+        return value, max(-1.0, float(value - down)), min(1.0, float(value + up))
+    gains, variances = items.drawn(_contrast(items, scores, others), draws, seed)
+    pivots = np.abs(gains - value) / np.maximum(np.sqrt(variances), 0.25 * error + 1e-12)
+    least = student.ppf((1 + level) / 2, items.freedom(parts))
+    reach = error * float(np.quantile(pivots, level) if len(pivots) else least)
+    return value, max(-1.0, value - reach), min(1.0, value + reach)
+
+
+def _contrast(items: _Items, scores: np.ndarray, others: np.ndarray) -> Callable:
+    """counts -> AUC of scores minus AUC of others, and its parts by group."""
+
+    def statistic(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        (one, parts), (other, minus) = items.mean_auc(scores, counts), items.mean_auc(others, counts)
+        return one - other, parts - minus
+
+    return statistic
+
+
+def paired_p(labels, scores, others, groups) -> float:
+    """Two-sided p of "both detectors have the same AUC", for items in groups.
+
+    The cluster-aware DeLong test of Obuchowski 1997 with Student's t in place of the normal, and Welch's degrees of
+    freedom over the groups of either class; nothing is drawn, so that small p stay small under `holm`. Arguments as in
+    `auc_difference`. 1 for identical scores; NaN if a class is missing or has one group alone.
+    """
+    labels, scores, others = np.asarray(labels), _columns(scores), _columns(others)
+    if len(labels) == 0:
+        return float("nan")
+    items = _Items(labels, groups)
+    if (items.sizes > 0).sum(1).min() < 2:
+        return float("nan")
+    (value,), parts = _contrast(items, scores, others)(items.once)
+    error = float(np.sqrt(items.variance(parts, items.once)[0]))
+    if abs(value) < 1e-12:
+        return 1.0
+    return float(2 * student.sf(abs(value) / error, items.freedom(parts))) if error > 1e-12 else 0.0
+
+
+def delong(labels, scores_a, scores_b) -> tuple[float, float]:
+    """AUC of scores_a minus that of scores_b on the same independent items, and its two-sided p: (difference, p).
+
+    labels: int[N], 1 = fake; scores: float[N], ties count half. DeLong et al., Biometrics 44 (1988), by midranks in
+    O(N log N) as Sun and Xu, IEEE Signal Processing Letters 21 (2014). p is 1 for identical scores, NaN if a class has
+    fewer than two items; the difference is NaN if a class is missing. For items in groups take `paired_p`.
+    """
+    fake = np.asarray(labels) == 1
+    n_fake, n_real = int(fake.sum()), int((~fake).sum())
+    if min(n_fake, n_real) == 0:
+        return float("nan"), float("nan")
+    gains = []  # the difference, seen from each fake and from each real
+    for kind, n_other in ((fake, n_real), (~fake, n_fake)):
+        shares = [(rankdata(s)[kind] - rankdata(s[kind])) / n_other for s in map(np.asarray, (scores_a, scores_b))]
+        gains.append(shares[0] - shares[1])
+    difference = float(gains[0].mean())
+    if np.array_equal(scores_a, scores_b):
+        return 0.0, 1.0
+    if min(n_fake, n_real) < 2:
+        return difference, float("nan")
+    error = float(np.sqrt(gains[0].var(ddof=1) / n_fake + gains[1].var(ddof=1) / n_real))
+    if abs(difference) < 1e-12:
+        return difference, 1.0
+    return difference, float(2 * norm.sf(abs(difference) / error)) if error > 1e-12 else 0.0
+
+
+def holm(values) -> np.ndarray:
+    """p values [K], corrected for how many they are; a NaN stays and is not counted.
+
+    Holm, Scandinavian Journal of Statistics 6 (1979): the chance of any false alarm among them is at most the level.
+    """
+    values = np.asarray(values, float)
+    adjusted, known = np.full(len(values), np.nan), np.flatnonzero(~np.isnan(values))
+    order = known[np.argsort(values[known], kind="stable")]
+    steps = values[order] * np.arange(len(order), 0, -1)
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1)
+    return adjusted
