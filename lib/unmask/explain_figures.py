@@ -62,7 +62,7 @@ def _undecided() -> tuple[float, float]:
 
 def timeline_still(finding: Finding) -> Figure:
     """`timeline` as a matplotlib figure, for pages and print."""
-    fig, ax = plt.subplots(figsize=(7, 3))
+    fig, ax = plt.subplots(figsize=(6, 3))
     ax.axhspan(*_undecided(), color=COLOURS["control"], alpha=0.15, linewidth=0)
     colours = palette(finding)
     for name, table in finding.scores.items():
@@ -80,7 +80,7 @@ def timeline_still(finding: Finding) -> Figure:
 def votes(finding: Finding) -> Figure:
     """What every detector says, calibrated, with its 95 % range, above the panel's P(fake) with its own."""
     said = [v for v in finding.voices if not math.isnan(v.log_odds)]
-    fig, ax = plt.subplots(figsize=(7, 0.4 * len(said) + 1.3))
+    fig, ax = plt.subplots(figsize=(6, 0.4 * len(said) + 1.3))
     ax.axvspan(*_undecided(), color=COLOURS["control"], alpha=0.15, linewidth=0)
     ax.axvline(0.5, color=COLOURS["control"], linestyle="--", linewidth=1)
     for voice in said:
@@ -131,4 +131,5 @@ def _draw_region(axes, region: Region) -> None:
     for ax, t in zip(axes, chosen, strict=True):
         ax.set_title(f"{region.times[t]:.2f} s", fontsize=8)
     scale = "" if region.map is None else f", up to {np.abs(region.map).max():.2f}"
+    axes[0].set_title("")
     axes[0].set_title(f"{region.detector}{scale}\n{region.times[chosen[0]]:.2f} s", fontsize=8, loc="left")
