@@ -230,17 +230,18 @@ def evaluate_files(
 
 
 def plot_roc(ax, clips: pd.DataFrame) -> dict[str, float]:
-    """Draw a ROC curve per data set and method (joined clip rows, mean score over seeds); returns the areas by name."""
-    keys = ["item_id", "dataset", "label", "method", "group_id"]
-    mean = clips.groupby(keys, as_index=False)["score"].mean()
+    """Draw a ROC curve per detector (joined clip rows, mean score over seeds); returns the areas by name.
+
+    A detector whose rows lack a class has none.
+    """
+    mean = clips.groupby(["detector", "item_id", "label"], as_index=False, sort=False)["score"].mean()
     areas = {}
-    for where, part in slices(mean).items():
-        if where.reals == "all" and part["label"].nunique() == 2:
-            name = f"{where.dataset}, {where.method}"
+    for name, part in mean.groupby("detector", sort=False):
+        if part["label"].nunique() == 2:
             fpr, tpr, _ = roc_curve(part["label"], part["score"])
             areas[name] = float(np.trapezoid(tpr, fpr))
-            ax.plot(fpr, tpr, label=f"{name} ({areas[name]:.2f})", linewidth=2.5 if where.method == "all" else 1.2)
+            ax.plot(fpr, tpr, label=f"{name} ({areas[name]:.2f})")
     ax.plot([0, 1], [0, 1], color="0.6", linestyle="--")
     ax.set(xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
-    ax.legend(fontsize=7, loc="lower right")
+    ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return areas

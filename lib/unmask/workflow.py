@@ -46,10 +46,14 @@ CHAPTERS = (
         needs=("01_preprocessing",),
         keys=("sbi", "clip", "d2st", "preprocess", "evaluate", "seed", "seeds"),
     ),
-    Chapter("09_cross_dataset", needs=("05_convnext",), keys=("evaluate",)),
+    Chapter(
+        "09_cross_dataset",
+        needs=("03_unsupervised", "06_temporal", "07_clip_prompts", "08_clip_d2st"),
+        keys=("evaluate", "robustness", "preprocess", "seed", "seeds"),
+    ),
     Chapter(
         "10_ablation",
-        needs=("06_temporal",),
+        needs=("03_unsupervised", "06_temporal", "07_clip_prompts", "08_clip_d2st"),
         keys=("sbi", "convnext", "train", "temporal", "ablation", "evaluate", "seed", "seeds"),
     ),
     Chapter("11_authenticate", needs=("09_cross_dataset",), keys=("preprocess", "evaluate")),
