@@ -15,11 +15,12 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from unmask import verdicts
+from unmask.calibration import logit
 from unmask.data.crops import CropStore, read_index
 from unmask.data.manifest import media_path, read_manifest, write_manifest
 from unmask.data.video import MediaError, probe, read_frames
 from unmask.detectors import base
-from unmask.panel import JUDGE, Member, Panel, logit
+from unmask.panel import JUDGE, Member, Panel
 from unmask.preprocessing import preprocess
 from unmask.profile import load_profile
 from unmask.progress import track
