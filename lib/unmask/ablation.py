@@ -1,144 +1,134 @@
-"""The study's ablation: what each part of the detector earns, as a grid over seeds, beside published numbers.
+"""The study's ablation tables, each made anew by one function from what the chapters left: `TABLES`, `unmask table`.
 
-A cell of the grid is a way to train the frame detector (on self-blends or on labelled fakes, with or without fusion of
-scales and frequency branch); on the frozen features of each stand several heads. All are judged on the same frames of
-the same videos, against the plain ConvNeXt with the mean of its frames' probabilities (`PLAIN`).
+A row is an arm, a way to detect, on one data set. Published numbers stand in a column of their own: other data, other
+protocol.
 """
 
-import itertools
-import os
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from unmask import features, temporal
-from unmask.comparison import compare
-from unmask.data.crops import CropStore, read_index
-from unmask.detectors import base
-from unmask.pairs import real_crops
-from unmask.parallel import side_by_side
-from unmask.profile import Profile
-from unmask.training import Run
+from unmask import ablation_cost, ablation_stages, figures, published
+from unmask.ablation_grid import PLAIN, cells
+from unmask.ablation_rows import BEST, KEYS, contest, whole_numbers
+from unmask.contenders import Contender
+from unmask.data.manifest import manifest_hash, read_manifest
+from unmask.profile import ProfileError, Study
 
-# Video AUC in per cent on other data sets, trained on FF++. Protocols differ (frames, crops, compression), so the
-# numbers of two rows are not to be compared closely: on one common protocol SBI alone moves by 4 to 15 points.
-PUBLISHED = (
-    ("SBI, EfficientNet-B4", "real FF++ raw", 93.18, 97.56, 72.42, 86.15, "Shiohara & Yamasaki, CVPR 2022"),
-    ("SBI, EfficientNet-B4", "real FF++ c23", 92.87, 98.16, 71.96, 85.51, "released weights, project page"),
-    ("FakeSTormer", "real FF++ c23", 92.4, 98.5, 74.6, 90.0, "Nguyen et al., 2025"),
-    ("FTCN, temporal Transformer", "FF++ c23 with fakes", 86.9, None, None, None, "Zheng et al., ICCV 2021"),
-    ("AltFreezing", "FF++ c23 with fakes", 89.5, None, None, None, "Wang et al., CVPR 2023"),
-    ("TALL", "FF++ c23 with fakes", 90.8, None, 76.8, None, "Xu et al., ICCV 2023"),
-    ("LSDA", "FF++ c23 with fakes", 91.1, None, 77.0, None, "Yan et al., CVPR 2024"),
-)
+RAISED = {"auc", "ari"}  # columns that are bold in the best rows
+
+
+def sbi(study: Study) -> pd.DataFrame:
+    """Source x fusion x frequency x head (chapter 10), against the plain ConvNeXt with the mean of its frames."""
+    arms = [Contender(f"{cell} {head}", "10_ablation", "ablation", head, str(cell))
+            for cell in cells(study.profile) for head in study.profile.ablation.heads]  # fmt: skip
+    # Where the chapter writes: it makes this table before its own results are there.
+    work = study.output("scores/ablation.parquet").parents[1]
+    table = contest(study, arms, f"{PLAIN} logits", "sbi", by_method=True, work=work)
+    parts = table["arm"].str.extract(r"(?P<source>\w+)-(?P<fusion>\w+)-(?P<frequency>\w+) (?P<head>\w+)").fillna("")
+    return pd.concat([table[KEYS], parts, table.drop(columns=KEYS)], axis=1)
+
+
+def prompts(study: Study) -> pd.DataFrame:
+    """Ways to teach a CLIP (chapter 07), against the linear probe."""
+    arms = [Contender(name, "07_clip_prompts", "clip", name) for name in study.profile.clip.detectors]
+    return contest(study, arms, "ufd", "prompts")
+
+
+def fusion(study: Study) -> pd.DataFrame:
+    """The fusion matrix F0 to F5c by two heads, and LaRE's error alone (chapter 07), against CLIP's features alone."""
+    keys, arms = study.profile.clip, []
+    for kind in keys.fusions:
+        for head in keys.heads:
+            name = f"clip-lare:{kind}{'-text' if head == 'text' else ''}"
+            arms.append(Contender(f"{kind} {head}", "07_clip_prompts", "clip", name))
+    arms.append(Contender("LaRE error alone", "07_clip_prompts", "clip", "lare-error"))
+    return contest(study, arms, "F0 linear", "fusion")
+
+
+def d2st(study: Study) -> pd.DataFrame:
+    """Pathways, stages and placement of adapters in a CLIP, and baselines (chapter 08), against LayerNorm tuning.
+
+    clip: all frames together; frames: the mean over the same frames, each judged alone.
+    """
+    stages = ("d2st, stage 1", "d2st, stage 2", "d2st, stage 3", "unaligned, stage 3")
+    looks = [("lntune", "frames"), ("ufd", "frames")]
+    looks += [(stage, look) for stage in stages for look in ("frames", "clip")]
+    looks += [(f"{label}, stage 2", "clip") for label in study.profile.d2st.arms if label != "d2st"]
+    arms = [Contender(f"{name}, {look}", "08_clip_d2st", "clip_d2st", name, look) for name, look in looks]
+    return contest(study, arms, "lntune, frames", "d2st")
+
+
+def literature(study: Study) -> pd.DataFrame:
+    """All published numbers (`published.read`) with their sources; the same for every study."""
+    parts = [published.read(name).assign(table=name) for name in published.names()]
+    table = whole_numbers(pd.concat(parts, ignore_index=True), ["real", "fake"])
+    return table[["table", *published.COLUMNS, "majority"]]
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One way to train the frame detector: source sbi|fakes, fusion and frequency as in `ConvNeXt`."""
+class Table:
+    """A table of the study: the function of a study that makes it, its caption, and where its numbers come from if not
+    from the study's data."""
 
-    source: str
-    fusion: str
-    frequency: str
-
-    def __str__(self) -> str:
-        return f"{self.source}-{self.fusion}-{self.frequency}"
+    make: Callable[[Study], pd.DataFrame]
+    caption: str
+    origin: str | None = None
 
 
-PLAIN = Cell("sbi", "none", "none")
+_SHARED = (
+    "AUC over test media, mean over seeds, interval over groups; gain: paired difference to {}; "
+    "best: highest AUC of a data set; =: not shown to be worse by a paired test"
+)
+TABLES: Mapping[str, Table] = {
+    "ablation_unsupervised": Table(
+        ablation_stages.unsupervised, f"Stages without labels: {_SHARED.format('the camera cue')}"
+    ),
+    "ablation_features": Table(
+        ablation_stages.features,
+        "Measurements of the first stage without labels, alone, on the videos that they label: training, validation",
+    ),
+    "ablation_clustering": Table(
+        ablation_stages.clustering,
+        "Clusters of media against the true cameras: interval and tests of ARI by a jackknife over recordings",
+    ),
+    "ablation_sbi": Table(sbi, f"Source, fusion, frequency and head: {_SHARED.format('the plain ConvNeXt')}"),
+    "ablation_prompts": Table(prompts, f"Ways to teach a CLIP: {_SHARED.format('the linear probe')}"),
+    "ablation_fusion": Table(fusion, f"Fusion of CLIP and LaRE: {_SHARED.format('the features of CLIP alone')}"),
+    "ablation_d2st": Table(d2st, f"Adapters in a CLIP: {_SHARED.format('LayerNorm tuning')}"),
+    "ablation_published": Table(
+        literature,
+        f"Published numbers by table and the row that they are the counterpart of, per cent: {published.NOTE}",
+        "published",
+    ),
+    "ablation_cost": Table(
+        ablation_cost.table,
+        "What a detector costs beside its AUC on test videos of the home set; frames per second, judged and trained, "
+        "on this machine; front: none is better for less",
+    ),
+}
 
 
-def published() -> pd.DataFrame:
-    """PUBLISHED as a table: video AUC in per cent."""
-    columns = ["method", "trained on", "Celeb-DF v2", "DFD", "DFDC", "DFDC preview", "reported in"]
-    return pd.DataFrame(PUBLISHED, columns=columns)
+def make(study: Study, name: str) -> pd.DataFrame:
+    """One of TABLES, made anew. ProfileError for an unknown name, with those there are."""
+    if name not in TABLES:
+        raise ProfileError(f"There is no table {name}; there are {', '.join(TABLES)}.")
+    return TABLES[name].make(study)
 
 
-def cells(profile: Profile, supervised: bool = True) -> list[Cell]:
-    """The grid of the profile's `ablation` keys, with PLAIN as its first cell; unless `supervised` without fakes."""
-    keys = profile.ablation
-    sources = [source for source in keys.sources if supervised or source != "fakes"]
-    grid = [Cell(*values) for values in itertools.product(sources, keys.fusions, keys.frequencies)]
-    return [PLAIN, *(cell for cell in grid if cell != PLAIN)]
+def bold(table: pd.DataFrame) -> pd.DataFrame:
+    """Which cells are bold: the figure that is judged, in the best rows."""
+    best = table["best"] == BEST if "best" in table else pd.Series(False, table.index)
+    return pd.DataFrame({column: best & (column in RAISED) for column in table}, index=table.index)
 
 
-def spatial_runs(profile: Profile, seeds: Iterable[int], supervised: bool = True) -> dict[tuple[Cell, int], Run]:
-    """The training of every one of `cells` and seed, for `training.train_runs`."""
-    runs = {}
-    for cell, seed in itertools.product(cells(profile, supervised), seeds):
-        # A branch of frequencies, without places, can only join by attention; and no branch has nothing to join.
-        join_by = {"none": "stem", "fft": "attention"}.get(cell.frequency, profile.convnext.join)
-        config = {"fusion": cell.fusion, "frequency": cell.frequency, "join": join_by}
-        options = {"source": cell.source, "epochs": profile.ablation.epochs}
-        runs[cell, seed] = Run(seed, config=config, options=options)
-    return runs
-
-
-def score_runs(
-    profile: Profile,
-    manifest: pd.DataFrame,
-    crops: str | os.PathLike,
-    runs: Iterable[tuple[Cell, int]],
-    folder: str | os.PathLike,
-) -> pd.DataFrame:
-    """`score_heads` of every cell and seed, whose frame detector is in `folder`/CELL-SEED, `side_by_side`."""
-    tasks = [(profile, manifest, crops, Path(folder), cell, seed) for cell, seed in runs]
-    return pd.concat(side_by_side(score_heads, tasks, profile.workers, "heads, runs"), ignore_index=True)
-
-
-def score_heads(
-    profile: Profile,
-    manifest: pd.DataFrame,
-    crops: str | os.PathLike,
-    folder: Path,
-    cell: Cell,
-    seed: int,
-) -> pd.DataFrame:
-    """Score table of the test videos by every head of the profile on one frame detector: a row per video.
-
-    crops: frames in a row, as chapter 06 leaves them. `detector` is the head, "logits" for the mean of the frame
-    detector's own probabilities, and `variant` the cell. Heads and features are kept in `folder`.
-    """
-    checkpoint = folder / f"{cell}-{seed}"
-    keys, index = profile.ablation, _middle(read_index(crops), profile.ablation.frames)
-    judged = index[index["item_id"].isin(manifest.loc[manifest["split"] == "test", "item_id"])]
-    cache, tables = folder / "features", []
-    test = features.of_crops(checkpoint, crops, judged, cache, workers=0)
-    learned = [head for head in keys.heads if head != "logits"]
-    parts = [
-        features.of_made_clips(
-            checkpoint, crops, real_crops(index, manifest, split), cache, keys.frames, versions, seed,
-            profile.sbi.recipe, workers=0,
-        )
-        for split, versions in (("train", keys.versions), ("val", 1)) if learned
-    ]  # fmt: skip
-    below, settings = base.read_checkpoint(checkpoint)[1], CropStore(crops).settings()
-    for head in keys.heads:
-        detector, card = None, below
-        if head in learned:
-            out = folder / f"{cell}-{seed}-{head}"
-            config = temporal.head_config(head, profile) | {"frames": keys.frames}
-            temporal.fit(head, config, checkpoint, *parts, out, temporal.head_options(head, profile, seed), settings)
-            detector, card = base.load_checkpoint(out)
-        run = {"detector": head, "variant": str(cell), "seed": np.int32(seed), "checkpoint": card["sha256"][:12]}
-        tables.append(temporal.score_features(detector, test).assign(**run).astype({"seed": "int32"}))
-    return pd.concat(tables, ignore_index=True)
-
-
-def _middle(index: pd.DataFrame, frames: int) -> pd.DataFrame:
-    """The middle `frames` crops of every item."""
-    index = index.sort_values(["item_id", "frame"], ignore_index=True)
-    place = index.groupby("item_id").cumcount()
-    start = (index.groupby("item_id")["frame"].transform("size") - frames).clip(lower=0) // 2
-    return index[(place >= start) & (place < start + frames)].reset_index(drop=True)
-
-
-def table(scores: pd.DataFrame, manifest: pd.DataFrame, level: float = 0.95, draws: int = 1000) -> pd.DataFrame:
-    """`comparison.compare` with PLAIN and head logits, the cell's parts in columns of their own."""
-    rows = compare(scores, manifest, ("logits", str(PLAIN)), level, draws).rename(columns={"detector": "head"})
-    parts = rows.pop("variant").str.split("-", expand=True).set_axis(["source", "fusion", "frequency"], axis=1)
-    first = ["dataset", "method"]
-    return pd.concat([rows[first], parts, rows.drop(columns=first)], axis=1)
+def save_table(study: Study, name: str) -> pd.DataFrame:
+    """Make one of TABLES anew and leave it with the study's tables, as chapter 10 does; returns it."""
+    table = make(study, name)
+    if study.manifest_hash is None:
+        study.manifest_hash = manifest_hash(read_manifest(study.input("manifest.parquet", made_by="00_data")))
+    sizes = table["items"].astype(float).groupby(table["dataset"]).max() if "items" in table else pd.Series(dtype=float)
+    n = {"media": int(sizes.sum())} if sizes.notna().any() else None
+    figures.save_table(study, name, table, TABLES[name].caption, bold(table), n, TABLES[name].origin)
+    return table
