@@ -37,7 +37,7 @@ from unmask.scoring import (
 from unmask.verdicts import Verdict, Voice
 
 QP_FRAMES = 8  # of a video, to measure its quantiser
-CELLS, CLIP_CELLS = 6, 4  # a side of the map of a frame, and of a clip, whose frames cost as much each
+CELLS, CLIP_CELLS = 6, 3  # a side of the map of a frame, and of a clip, whose frames cost as much each
 
 
 @dataclass(frozen=True)
