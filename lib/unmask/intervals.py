@@ -127,7 +127,7 @@ def auc_interval(
     float[N,S] for S seeds of one detector: then the AUC is the mean over seeds, in every draw too. NaN if a class is
     missing; the interval is NaN with fewer than two groups. A perfect AUC has an interval too (`_few_pairs`).
 
-    Coverage of 95 % intervals, 500 data sets for each of 70 worlds (60 to 400 items in 12, 20, 40, 100 groups or each
+    Coverage of 95 % intervals, 500 data sets for each of 80 worlds (60 to 400 items in 12, 20, 40, 100 groups or each
     its own; normal scores, AUC 0.6 to 0.97, groups that shift their scores or not, one class or both in a group,
     classes 1:1 and 1:5): 92 to 98 %. Below: 91 % with 12 large groups that hold both classes, shift much, and an AUC
     from 0.9 on (pairs within a group count too, and are easier); 89 % where a class has two groups in all.
