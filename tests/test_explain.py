@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import tiny_profile
 from PIL import Image
 from scipy.special import expit, logit
 
@@ -188,3 +189,32 @@ def test_pages_of_judged_media_hold_their_pictures_and_reasons(findings, made, t
     shown = {trace.name: trace for trace in fig.data}
     assert set(shown) == {"net", "plain <b> (no vote)"}
     np.testing.assert_allclose(shown["net"].y, found[video].scores["net"]["probability"])
+
+
+def test_chapter_03s_judge_has_a_vote_and_brings_the_camera(findings, tiny_checkpoint, tmp_path, monkeypatch):
+    df, _ = findings
+    shutil.copytree(tiny_checkpoint, tmp_path / "stages/stage3-7")
+    rng, labels = np.random.default_rng(0), np.repeat([0, 1], 50)
+    scores = expit(rng.normal(np.where(labels == 1, 1.5, -1.5)))
+    rows = pd.DataFrame({"label": labels, "score": scores, "group_id": np.arange(100).astype(str)})
+    stages = tmp_path / "stages", 7, tiny_profile(cameras__crop=64), rows
+    panel.fit({}, tmp_path / "p.json", unsupervised=stages, draws=50)
+    judges = panel.read(tmp_path / "p.json")
+    assert [one.name for one in judges.members] == [panel.JUDGE] and judges.members[0].votes
+
+    items, asked = df["item_id"], []
+    said = pd.DataFrame({"final": [0.9, 0.2, 0.7]}, index=items[:3])
+    cameras = pd.DataFrame({"camera": [4, 2, -1, 3], "logit": [2.0, -1.0, 0.0, 0.0]}, index=items[:4])
+    monkeypatch.setattr("unmask.unsupervised.Judge.load", lambda folder, seed: (str(folder), seed))
+    monkeypatch.setattr("unmask.authentication.judge_crops", lambda *given: asked.append(given) or (said, cameras))
+    write_manifest(df, tmp_path / "m.parquet")
+    found = explaining.judge(tmp_path / "m.parquet", judges, tmp_path / "w", "annotations", workers=0)
+
+    (given,) = asked
+    assert given[0] == (str(tmp_path / "stages"), 7) and given[5].cameras.crop == 64
+    line = judges.members[0].calibration
+    assert found[0].verdict.probability == pytest.approx(expit(line.slope * logit(0.9) + line.intercept))
+    assert [one.status for one in found] == ["ok"] * 3 + ["failed"] * 2
+    texts = [one.camera["text"] for one in found[:3]]
+    assert "Camera 4" in texts[0] and "weaker" in texts[0] and "7.4 to 1 for fake" in texts[0]
+    assert "Camera 2" in texts[1] and "2.7 to 1 for real" in texts[1] and "None of the known cameras" in texts[2]
