@@ -201,6 +201,47 @@ def test_images_are_a_level_of_their_own_and_frames_are_counted():
     assert (table["coverage"] == 1).all()
 
 
+def rows_changed(before, after):
+    """Rows (by what they are of) in which any figure differs, and those that only one of the tables has."""
+    keys = ["detector", "variant", "level", "dataset", "method", "reals"]
+    a, b = (table.set_index(keys) for table in (before, after))
+    both = a.index.intersection(b.index)
+    differ = ~((a.loc[both] == b.loc[both]) | (a.loc[both].isna() & b.loc[both].isna())).all(axis=1)
+    return set(both[differ]), set(a.index.symmetric_difference(b.index))
+
+
+def test_one_changed_score_changes_the_rows_that_hold_it_and_no_other():
+    manifest = study()
+    scores = pd.concat([make_scores(manifest, variant="one"), make_scores(manifest, variant="two")])
+    scores = scores.reset_index(drop=True)
+    before = evaluate(scores, manifest, draws=50)
+    held = manifest[(manifest["split"] == "test") & (manifest["dataset"] == "a") & (manifest["method"] == "swap")]
+    place = (scores["item_id"] == held["item_id"].iloc[0]) & (scores["frame"] == 1) & (scores["variant"] == "two")
+    changed = scores.assign(score=scores["score"].where(~place, 0.0))
+    assert place.sum() == 1 and not changed["score"].equals(scores["score"])
+    expected = {("d", "two", "frame", "a", method, reals) for method, reals in (("all", "all"), ("swap", "all"))}
+    assert rows_changed(before, evaluate(changed, manifest, draws=50)) == (expected, set())
+
+
+def test_a_changed_validation_score_moves_thresholds_alone():
+    manifest = study()
+    scores = make_scores(manifest)
+    val = manifest[(manifest["split"] == "val") & (manifest["label"] == 1)]["item_id"]
+    changed = scores.assign(score=scores["score"].where(~scores["item_id"].isin(val), 0.999))
+    before, after = evaluate(scores, manifest, draws=50), evaluate(changed, manifest, draws=50)
+    same = before.columns.drop(["threshold", "balanced_accuracy", "recall_real", "recall_fake", "accuracy"])
+    pd.testing.assert_frame_equal(before[same], after[same])
+    assert (before["threshold"] != after["threshold"]).all()
+
+
+def test_without_a_detector_the_others_stay_as_they_are():
+    manifest = study()
+    scores = pd.concat([make_scores(manifest, variant="one"), make_scores(manifest, variant="two")])
+    before = evaluate(scores, manifest, draws=50)
+    after = evaluate(scores[scores["variant"] == "one"], manifest, draws=50)
+    pd.testing.assert_frame_equal(before[before["variant"] == "one"].reset_index(drop=True), after)
+
+
 def test_the_order_of_rows_changes_nothing():
     manifest = study()
     scores = make_scores(manifest, seeds=(0, 1))
