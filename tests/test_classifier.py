@@ -116,7 +116,7 @@ def test_killed_and_resumed_equals_uninterrupted(run, monkeypatch, tmp_path):
     assert len(torch.load(tmp_path / "cut" / STATE, weights_only=True)["history"]) == 2
     cut = run("cut", epochs=3)
     assert weights(cut) == weights(whole) and card(cut) == card(whole)
-    assert sorted(p.name for p in cut.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in cut.iterdir()) == ["config.json", "epochs.json", "model.safetensors"]
     with monkeypatch.context() as patch:
         patch.setattr(learning, "fit", lambda *a: pytest.fail("trained although nothing changed"))
         run("cut", epochs=3, loaders=1)

@@ -262,7 +262,7 @@ def test_killed_and_resumed_equals_uninterrupted(run, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr(learning, "_epoch", lambda *a: pytest.fail("an epoch was repeated"))
         assert weights(run("late", **options)) == weights(whole)
-    files = ["config.json", "embeddings.json", "embeddings.safetensors", "model.safetensors"]
+    files = ["config.json", "embeddings.json", "embeddings.safetensors", "epochs.json", "model.safetensors"]
     assert sorted(p.name for p in cut.iterdir()) == files
 
 

@@ -77,7 +77,7 @@ def test_killed_and_resumed_equals_uninterrupted(run, monkeypatch, tmp_path, hea
         cut = run("cut", head)
     assert len(calls) == EPOCHS + 1, "the first epochs are not repeated"
     assert weights(cut) == weights(whole) and (cut / "config.json").read_text() == (whole / "config.json").read_text()
-    assert sorted(p.name for p in cut.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in cut.iterdir()) == ["config.json", "epochs.json", "model.safetensors"]
 
 
 def test_two_runs_agree_another_seed_does_not_and_nothing_else_is_reseeded(run):

@@ -74,7 +74,23 @@ def test_killed_and_resumed_equals_uninterrupted(run, monkeypatch, tmp_path, opt
         cut = run("cut", config, epochs=4, **options)
     assert len(calls) == 2, "the first two epochs are not repeated"
     assert weights(cut) == weights(whole) and (cut / "config.json").read_text() == (whole / "config.json").read_text()
-    assert sorted(p.name for p in cut.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in cut.iterdir()) == ["config.json", "epochs.json", "model.safetensors"]
+
+
+def test_training_time_leaves_out_the_pause_of_an_interrupted_one(tmp_path, monkeypatch):
+    clock = iter([100.0, 110, 120, 9000, 9010, 5, 8])
+    monkeypatch.setattr(training.time, "time", lambda: next(clock))
+    assert np.isnan(training.seconds_of(tmp_path))
+    for epochs in (1, 2, 3):
+        training.save_state(tmp_path / training.STATE, {"history": [{}] * epochs})
+    assert training.seconds_of(tmp_path) == 30
+    for epochs in (4, 5):  # resumed after a night
+        training.save_state(tmp_path / training.STATE, {"history": [{}] * epochs})
+    assert training.seconds_of(tmp_path) == 50
+    training.save_state(tmp_path / training.STATE, {"history": [{}]})  # another training in the same folder
+    assert np.isnan(training.seconds_of(tmp_path))
+    training.save_state(tmp_path / training.STATE, {"history": [{}, {}]})
+    assert training.seconds_of(tmp_path) == 6
 
 
 def test_killed_after_the_last_epoch_or_while_saving(run, monkeypatch):

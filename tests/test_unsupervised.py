@@ -15,7 +15,7 @@ from unmask.data.crops import CropStore, read_index
 from unmask.data.manifest import read_manifest, write_manifest
 from unmask.detectors.base import CheckpointError, load_checkpoint
 from unmask.evaluation import read_scores, write_scores
-from unmask.training import STATE, TrainingError
+from unmask.training import STATE, TIMES, TrainingError
 from unmask.unsupervised import FEATURES_FILE, LABELS_FILE, STEPS, THRESHOLD_FILE, TRACES, TRACES_FILE, stage_folder
 
 NETWORK = {
@@ -71,7 +71,7 @@ def study(tiny_world, tiny_crops, tmp_path_factory):
 def left(folder):
     """What the files below a folder say: bytes, but for the seconds that a step took."""
     found = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != TIMES):
         content = path.read_bytes()
         if path.suffix == ".parquet":
             content = pd.read_parquet(path).drop(columns="seconds", errors="ignore").to_json(double_precision=15)

@@ -17,10 +17,11 @@ from unmask.evaluation import join
 from unmask.figures import COLOURS
 from unmask.intervals import auc_interval
 from unmask.profile import Study
+from unmask.training import seconds_of
 
 COLUMNS = [
     "arm", "seeds", "n_real", "n_fake", "auc", "low", "high", "frames", "parameters", "trainable", "gflops",
-    "frames_per_s", "trained_per_s", "front", "note",
+    "frames_per_s", "train_s", "front", "note",
 ]  # fmt: skip
 COUNTED = ["seeds", "n_real", "n_fake", "frames", "parameters", "trainable"]
 BATCH = 8  # frames at a time when a detector of single frames is timed
@@ -28,10 +29,11 @@ BATCH = 8  # frames at a time when a detector of single frames is timed
 
 @dataclass(frozen=True)
 class Costed:
-    """A contender with a checkpoint, and what its price leaves out."""
+    """A contender with a checkpoint, what its price leaves out, and the checkpoints that were trained before it."""
 
     contender: Contender
     note: str = ""
+    before: tuple[str, ...] = ()
 
 
 def _clip(name: str, label: str, note: str = "") -> Costed:
@@ -41,12 +43,14 @@ def _clip(name: str, label: str, note: str = "") -> Costed:
 
 def _head(name: str, label: str) -> Costed:
     folder = f"checkpoints/{name}-{{seed}}"
-    return Costed(Contender(label, "06_temporal", "temporal", name, "in order", checkpoint=folder))
+    below = ("checkpoints/convnext-{seed}",)
+    return Costed(Contender(label, "06_temporal", "temporal", name, "in order", checkpoint=folder), before=below)
 
 
 def _adapter(name: str, label: str, stage: int) -> Costed:
-    folder, called = f"checkpoints/d2st/{name}-{stage}-{{seed}}", f"{name}, stage {stage}"
-    return Costed(Contender(label, "08_clip_d2st", "clip_d2st", called, "clip", checkpoint=folder))
+    *before, folder = (f"checkpoints/d2st/{name}-{k}-{{seed}}" for k in range(1, stage + 1))
+    contender = Contender(label, "08_clip_d2st", "clip_d2st", f"{name}, stage {stage}", "clip", checkpoint=folder)
+    return Costed(contender, before=tuple(before))
 
 
 _BLIND = Contender("without labels", "03_unsupervised", "unsupervised", "unsupervised", "final", False,
@@ -54,7 +58,7 @@ _BLIND = Contender("without labels", "03_unsupervised", "unsupervised", "unsuper
 _PLAIN = Contender("ConvNeXt, self-blends", "05_convnext", "convnext", "convnext", "sbi", False,
                    "checkpoints/convnext-{seed}")  # fmt: skip
 COSTED = (
-    Costed(_BLIND, "the network alone, without fingerprints"),
+    Costed(_BLIND, "the network alone, without fingerprints", ("unsupervised/stage2-{seed}",)),
     Costed(_PLAIN),
     _head("mean", "mean over frames"),
     _head("gru", "GRU"),
@@ -76,8 +80,9 @@ def table(study: Study, costed: tuple[Costed, ...] = COSTED) -> pd.DataFrame:
     """A row per detector, `COLUMNS`: AUC, mean over seeds, on test videos of the manifest's first data set, and price.
 
     frames: judged of a video; gflops: multiply-adds of a video, in thousands of millions (`base.cost` of a frame x
-    frames); frames_per_s, trained_per_s: `speed`, measured now. front: no detector of the table has as high an AUC for
-    fewer multiply-adds. A detector without scores or checkpoint says so.
+    frames); frames_per_s: `speed`, measured now; train_s: seconds that its training took, with all that it stands on
+    (`training.seconds_of`; pretraining and features made beforehand are not in it), the first seed's. front: no
+    detector of the table has as high an AUC for fewer multiply-adds. A detector without scores or checkpoint says so.
     """
     manifest = read_manifest(study.input("manifest.parquet", made_by="00_data"))
     home = manifest[(manifest["split"] == "test") & (manifest["kind"] == "video")]
@@ -92,6 +97,8 @@ def table(study: Study, costed: tuple[Costed, ...] = COSTED) -> pd.DataFrame:
         own = scores[(scores["detector"] == name) & scores["item_id"].isin(home["item_id"])]
         value = judged(own, home, options.level, options.draws)
         paid = price(folders[0], own, study.profile.preprocess.frames)
+        trained = [folders[0], *(found[0] for pattern in one.before if (found := _folders(study, pattern)))]
+        paid["train_s"] = sum(map(seconds_of, trained)) if len(trained) == 1 + len(one.before) else float("nan")
         rows.append({"arm": name, **value, **paid, "note": one.note})
     found = whole_numbers(pd.DataFrame(rows).reindex(columns=COLUMNS), COUNTED)
     return found.assign(front=front(found["gflops"].to_numpy(float), found["auc"].to_numpy(float)))
@@ -121,32 +128,22 @@ def price(checkpoint: Path, scores: pd.DataFrame, cropped: int) -> dict:
     found = base.cost(detector)
     return {
         "frames": frames, "parameters": found["parameters"], "trainable": found["trainable"],
-        "gflops": frames * found["multiply_adds"] / 1e9, **speed(detector),
+        "gflops": frames * found["multiply_adds"] / 1e9, "frames_per_s": speed(detector),
     }  # fmt: skip
 
 
-def speed(detector: base.Detector, times: int = 3) -> dict[str, float]:
-    """Frames per second on empty frames: `frames_per_s` forward, `trained_per_s` forward and backward to all that
-    learns (NaN if nothing does). The fastest of `times` tries after one to warm up; no weight changes."""
+@torch.no_grad()
+def speed(detector: base.Detector, times: int = 3) -> float:
+    """Frames per second, forward, on empty frames: the fastest of `times` tries after one to warm up."""
     size, length = detector.input_spec.size, detector.input_spec.frames
     shape = (1, length) if length > 1 else (BATCH, 1)
     extras = {name: torch.zeros(*shape, *detector.extra_shapes[name]) for name in detector.extras}
-    clips = torch.zeros(*shape, 3, size, size)
-
-    def fastest(step) -> float:
-        took = []
-        for _ in range(times + 1):
-            start = time.perf_counter()
-            step()
-            took.append(time.perf_counter() - start)
-        return shape[0] * shape[1] / min(took[1:])
-
-    def learn():
-        torch.autograd.grad(detector(clips, **extras).sum(), detector.trainable_parameters(), allow_unused=True)
-
-    with torch.no_grad():
-        found = {"frames_per_s": fastest(lambda: detector(clips, **extras))}
-    return found | {"trained_per_s": fastest(learn) if detector.trainable_parameters() else float("nan")}
+    clips, took = torch.zeros(*shape, 3, size, size), []
+    for _ in range(times + 1):
+        start = time.perf_counter()
+        detector(clips, **extras)
+        took.append(time.perf_counter() - start)
+    return shape[0] * shape[1] / min(took[1:])
 
 
 def front(costs: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,7 @@ from unmask.profile import Profile, digest, source_hash, write_atomic
 from unmask.progress import track
 
 STATE = "last.pt"
+TIMES = "epochs.json"  # when each epoch ended, seconds since 1970; None where that is not known
 DIVERGED = "The loss is no longer a number; lower train.lr."
 
 # What `unmask train` knows by name: the detector, whose keys the profile has, and changes of these.
@@ -152,10 +154,27 @@ def precision() -> str:
 
 
 def save_state(path: Path, state: dict) -> None:
-    """Write what an interrupted training needs to go on, atomically."""
+    """Write what an interrupted training needs to go on, atomically, and beside it when this epoch ended (TIMES)."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_atomic(path, buffer.getvalue())
+    times, epochs = path.with_name(TIMES), len(state["history"])
+    ended = json.loads(times.read_text(encoding="utf-8"))[: epochs - 1] if epochs > 1 and times.exists() else []
+    write_atomic(times, json.dumps([*ended, *[None] * (epochs - 1 - len(ended)), round(time.time(), 3)]) + "\n")
+
+
+def seconds_of(folder: str | os.PathLike) -> float:
+    """Wall-clock seconds that the training in a checkpoint's folder took, validation included.
+
+    Its epochs times their median length, so that pauses of an interrupted training do not count; NaN where one epoch
+    alone was trained, or none.
+    """
+    try:
+        ended = json.loads((Path(folder) / TIMES).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return float("nan")
+    steps = np.diff(np.array(ended, float))
+    return float(len(ended) * np.nanmedian(steps)) if np.isfinite(steps).any() else float("nan")
 
 
 @contextlib.contextmanager
