@@ -67,6 +67,15 @@ def test_record_says_how_many_from_where_and_which_command(tmp_path):
     assert published["caption"] == "Scores." and published["origin"] == "published"
 
 
+def test_record_names_the_seeds_behind_the_numbers(tmp_path):
+    study = open_study(resolved(tmp_path, seeds=3))
+    save_table(study, "all", TABLE, "Scores.")
+    save_table(study, "first", TABLE, "Scores.", seeds=study.seeds[:1])
+    save_figure(study, "none", draw(), "Scores.", {}, seeds=())
+    paths = (study.tables / "all.json", study.tables / "first.json", study.figures / "none.json")
+    assert [json.loads(path.read_text())["seeds"] for path in paths] == [[0, 1, 2], [0], []]
+
+
 def test_caption_of_real_media_stays_as_it_is(tmp_path):
     study = open_study(resolved(tmp_path, run="demo-x-1", **{"data.sets": ["folder=/x"]}))
     save_table(study, "t", TABLE, "Scores.")

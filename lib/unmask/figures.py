@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -54,14 +55,16 @@ def save_figure(
     still: Figure | None = None,
     n: dict[str, int] | None = None,
     origin: str | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> Path:
     """Save a figure as PNG and PDF, with `numbers` in NAME.json; returns that path.
 
     fig: a matplotlib figure, or a plotly one with its matplotlib twin as `still` (saved as NAME.html besides). n: how
     many of what it shows, such as {"videos": 120}; origin: where its numbers come from, if not from the run's data
-    sets ("published"). Raises TypeError for any other kind of figure, and for a plotly one without a still.
+    sets ("published"); seeds: those behind its numbers, if not all of the study's. Raises TypeError for any other kind
+    of figure, and for a plotly one without a still.
     """
-    record = _record(study, "figure", name, caption, numbers, n, origin)
+    record = _record(study, "figure", name, caption, numbers, n, origin, seeds)
     picture, saved = fig, f"{name}.png"
     if hasattr(fig, "to_html"):
         picture, saved = still, f"{name}.html"
@@ -101,12 +104,13 @@ def save_table(
     bold: pd.DataFrame | None = None,
     n: dict[str, int] | None = None,
     origin: str | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> Path:
     """Save a table as tables/NAME.csv, .md, .tex and .json, all without its index; returns the CSV's path.
 
     CSV and JSON keep six significant digits, Markdown and LaTeX three decimals. bold: bool, of the table's shape, the
-    cells shown bold in Markdown, LaTeX and the report; n and origin as in `save_figure`. Raises ValueError if `bold`
-    has another shape.
+    cells shown bold in Markdown, LaTeX and the report; n, origin and seeds as in `save_figure`. Raises ValueError if
+    `bold` has another shape.
     """
     if bold is not None and bold.shape != df.shape:
         raise ValueError(f"bold has the shape {bold.shape}, the table {name} {df.shape}.")
@@ -115,7 +119,7 @@ def save_table(
     numbers: dict[str, Any] = {"columns": columns, "rows": precise.to_dict(orient="records")}
     if bold is not None:
         numbers["bold"] = bold.to_numpy(bool)
-    record = _record(study, "table", name, caption, numbers, n, origin)
+    record = _record(study, "table", name, caption, numbers, n, origin, seeds)
     text = df.map(shown).set_axis(columns, axis=1)
     numeric = [pd.api.types.is_numeric_dtype(dtype) for dtype in df.dtypes]
     contents = {
@@ -155,6 +159,7 @@ def _record(
     numbers: dict[str, Any],
     n: dict[str, int] | None,
     origin: str | None,
+    seeds: Sequence[int] | None,
 ) -> dict[str, Any]:
     origin = origin or _origin(study)
     caption = caption.strip()
@@ -165,7 +170,7 @@ def _record(
         "numbers": numbers,
         "n": n,
         "origin": origin,
-        "seeds": study.seeds,
+        "seeds": study.seeds if seeds is None else list(seeds),
         "manifest_hash": study.manifest_hash,
         "command": f"./run_all.sh{profile_option(study)} --only {kind}:{name}",
         **study.provenance,
@@ -176,7 +181,8 @@ def _origin(study: Study) -> str:
     """Where the data of a run come from: the synthetic world, one's own media, published data sets, or several."""
     layouts = [entry.partition("=")[0] for entry in study.profile.data.sets]
     own = {"world": WORLD, "folder": "your media", "manifest": "your media"}
-    return " and ".join(sorted({own.get(layout, f"data set {layout}") for layout in layouts}, key=lambda o: o != WORLD))
+    origins = {own.get(layout, f"data set {layout}") for layout in layouts}
+    return " and ".join(sorted(origins, key=lambda origin: (origin != WORLD, origin)))
 
 
 def profile_option(study: Study) -> str:

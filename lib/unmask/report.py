@@ -139,8 +139,8 @@ def _cells(rows: list[dict[str, Any]], columns: list[str], bold: list[list[bool]
 def _facts(record: dict[str, Any], media: dict[str, int]) -> str:
     """Where a figure's numbers come from, in one line; media: how many a manifest holds, by its hash."""
     n = ", ".join(f"{count} {of}" for of, count in (record.get("n") or {}).items())
-    facts = [f"profile {record['profile']}", n and f"n = {n}", f"seeds {', '.join(map(str, record['seeds']))}"]
-    facts.append(record.get("origin"))
+    seeds = ", ".join(map(str, record["seeds"]))
+    facts = [f"profile {record['profile']}", n and f"n = {n}", seeds and f"seeds {seeds}", record.get("origin")]
     if of := record["manifest_hash"]:
         facts.append(f"manifest {of[:12]}" + (f" of {media[of]} media" if of in media else ""))
     return " · ".join(fact for fact in [*facts, f"commit {record['commit'][:12]}"] if fact)
