@@ -101,8 +101,9 @@ def unknown(table: pd.DataFrame) -> list[str]:
 
 
 def section(media: Path, work: Path, epochs: int, workers: int) -> str:
-    """Measure everything; the section as Markdown."""
+    """Measure everything; the section as Markdown. Who got no verdict is printed: the names are not the kit's."""
     table, about = judged(media, work, epochs, workers)
+    print("No verdict:", *unknown(table), sep="\n")
     reasons = table["reasons"].str.split("; ").explode().str.split(":").str[0]
     causes = ", ".join(f"{cause} {count}" for cause, count in reasons[reasons != ""].value_counts().items())
     return "\n".join([
@@ -111,7 +112,6 @@ def section(media: Path, work: Path, epochs: int, workers: int) -> str:
         f"CPU {processor()}, Python {platform.python_version()}, PyTorch {torch.__version__}. `residual` learned for "
         f"{epochs} epochs.", "", *counted(table), "", f"Reasons (a medium may have several): {causes}.", "",
         "Who judged, with AUC on the half that each was calibrated on:", "", *about, "",
-        "No verdict:", "", *unknown(table), "",
     ])  # fmt: skip
 
 

@@ -78,14 +78,14 @@ def score_heads(
     cell: Cell,
     seed: int,
 ) -> pd.DataFrame:
-    """Score table of the validation and test videos by every head of the profile on one frame detector, a row each.
+    """Score table of the test videos by every head of the profile on one frame detector, a row each.
 
     crops: frames in a row, as chapter 06 leaves them. `detector` is the head, "logits" for the mean of the frame
     detector's own probabilities, and `variant` the cell. Heads and features are kept in `folder`.
     """
     checkpoint = folder / f"{cell}-{seed}"
     keys, index = profile.ablation, _middle(read_index(crops), profile.ablation.frames)
-    judged = index[index["item_id"].isin(manifest.loc[manifest["split"].isin(["val", "test"]), "item_id"])]
+    judged = index[index["item_id"].isin(manifest.loc[manifest["split"] == "test", "item_id"])]
     cache, tables = folder / "features", []
     test = features.of_crops(checkpoint, crops, judged, cache, workers=0)
     learned = [head for head in keys.heads if head != "logits"]

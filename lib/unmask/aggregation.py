@@ -49,7 +49,8 @@ def choose(scores: pd.DataFrame, manifest: pd.DataFrame) -> pd.DataFrame:
             found.append({"detector": detector, "variant": variant, "rule": rule, "val_auc": area, "videos": len(wide)})
         areas = np.nan_to_num([row["val_auc"] for row in found], nan=-1.0)
         rows += [row | {"chosen": i == int(np.argmax(areas))} for i, row in enumerate(found)]
-    return pd.DataFrame(rows, columns=["detector", "variant", "rule", "val_auc", "videos", "chosen"])
+    columns = ["detector", "variant", "rule", "val_auc", "videos", "chosen"]
+    return pd.DataFrame(rows, columns=columns).astype({"chosen": bool})
 
 
 def apply(scores: pd.DataFrame, manifest: pd.DataFrame, rules: pd.DataFrame) -> pd.DataFrame:
