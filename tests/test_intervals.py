@@ -139,6 +139,49 @@ def test_perfect_detectors_are_not_certain():
     assert auc == 0.5 and low < 0.2 and high > 0.8, "two fakes of one person say little"
 
 
+def newcombe(auc, n_fake, n_real, level=0.95):
+    """Interval of an AUC of independent items that do not vary, by trying every AUC: Newcombe 2006, method 5."""
+    true, half = np.linspace(0, 1, 1_000_001), (n_fake + n_real) / 2 - 1
+    variance = true * (1 - true) * (1 + half * (1 - true) / (2 - true) + half * true / (1 + true)) / (n_fake * n_real)
+    inside = true[np.abs(auc - true) <= student.ppf((1 + level) / 2, n_fake + n_real - 1) * np.sqrt(variance)]
+    return inside[0], inside[-1]
+
+
+def test_groups_that_happen_not_to_vary_are_not_certain():
+    labels, groups = np.array([0, 0, 1, 1] * 2), np.repeat(["a", "b"], 4)
+    right, wrong = np.tile([1, 3, 2, 4], 2), np.tile([2, 4, 1, 3], 2)  # of four pairs each group has three, or one
+    low, high = newcombe(0.75, 2, 2)
+    assert auc_interval(labels, right, groups) == pytest.approx((0.75, low, high), abs=2e-6)
+    least, most = newcombe(0.25, 2, 2)
+    down, up = np.hypot(0.75 - low, most - 0.25), np.hypot(high - 0.75, 0.25 - least)
+    expected = 0.5, max(-1, 0.5 - down), min(1, 0.5 + up)
+    assert auc_difference(labels, right, wrong, groups) == pytest.approx(expected, abs=2e-6)
+    equal = auc_difference(labels, right, np.tile([3, 1, 2, 4], 2), groups)
+    assert equal[0] == 0 and equal[1] < -0.1 and equal[2] > 0.1, "equal AUCs by other pairs"
+    assert auc_difference(labels, right, np.exp(right), groups) == (0, 0, 0), "the same order is the same AUC"
+
+
+def test_a_perfect_detector_against_a_constant_is_not_certain():
+    labels, scores, constant = np.array([0, 0, 1, 1]), np.array([0.1, 0.2, 0.8, 0.9]), np.full(4, 0.5)
+    low, _ = newcombe(1, 2, 2)
+    found = auc_difference(labels, scores, constant, range(4))
+    assert found == pytest.approx((0.5, low - 0.5, 0.5), abs=2e-6)
+    assert auc_difference(labels, constant, scores, range(4)) == pytest.approx((-0.5, -0.5, 0.5 - low), abs=2e-6)
+    before = 1
+    for n, other in ((2, 0.5), (2, -1), (5, 0.5), (6, -1), (40, 0.5)):
+        labels = np.repeat([0, 1], n)
+        scores = labels + np.arange(2 * n) / 100
+        others = np.full(2 * n, other) if other > 0 else -scores
+        p = paired_p(labels, scores, others, range(2 * n))
+        assert 0 < p == pytest.approx(paired_p(labels, others, scores, range(2 * n)))
+        end = newcombe(1, n, n, 1 - p)[0] - 0.5 if other > 0 else 1 - np.sqrt(2) * (1 - newcombe(1, n, n, 1 - p)[0])
+        assert end == pytest.approx(0, abs=2e-6), "the interval of level 1 - p ends at 0"
+        assert (p < 0.05) == (auc_difference(labels, scores, others, range(2 * n))[1] > 0)
+        assert p < before or other < 0
+        before = p if other > 0 else before
+    assert before < 1e-6, "forty of each are enough"
+
+
 def test_a_difference_to_itself_is_nothing_and_without_a_class_there_is_none():
     labels, scores = np.array([0, 1, 0, 1]), np.array([0.1, 0.4, 0.3, 0.2])
     assert auc_difference(labels, scores, scores, list("aabb")) == (0, 0, 0)
@@ -162,7 +205,7 @@ def test_delong_is_that_of_loops_over_all_pairs(digits):
     assert delong(labels, one, other) == pytest.approx((gain, 2 * norm.sf(abs(gain) / error)))
     assert evaluation.delong is delong and evaluation.auc_interval is auc_interval
     assert delong(list(labels), list(one), list(one)) == (0, 1)
-    assert delong([0, 0, 1, 1], [1, 2, 3, 4], [4, 3, 2, 1]) == (1, 0), "always right against always wrong"
+    assert delong([0, 0, 1, 1], [1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx((1, np.nan), nan_ok=True), "no variance"
     assert np.isnan(delong([1, 1], [0.1, 0.2], [0.2, 0.1])).all()
     assert delong([0, 1, 1], [1, 2, 3], [2, 1, 3])[0] == 0.5 and np.isnan(delong([0, 1, 1], [1, 2, 3], [2, 1, 3])[1])
 
@@ -209,6 +252,7 @@ def test_intervals_cover_the_true_difference():
 
 def test_a_false_alarm_at_five_percent_is_one_in_twenty():
     alarms = dict.fromkeys(["delong", "paired, a class a group", "paired, both classes", "delong on groups"], 0)
+    few = 0
     for k in range(SETS):
         labels, scores, groups = made(np.random.default_rng([3, k]), 100, 1, 0.8, 0, False, detectors=2)
         alarms["delong"] += delong(labels, *scores.T)[1] < 0.05
@@ -217,7 +261,10 @@ def test_a_false_alarm_at_five_percent_is_one_in_twenty():
         alarms["delong on groups"] += delong(labels, *scores.T)[1] < 0.05
         labels, scores, groups = made(np.random.default_rng([5, k]), 30, 5, 0.8, 1, True, detectors=2)
         alarms["paired, both classes"] += paired_p(labels, *scores.T, groups) < 0.05
+        labels, scores, groups = made(np.random.default_rng([6, k]), 2, 4, 0.8, 1, True, detectors=2)
+        few += paired_p(labels, *scores.T, groups) < 0.05
     assert alarms.pop("delong on groups") / SETS > 0.15, (
         "items are not independent: the test for items alarms too often"
     )
     assert all(0.03 <= n / SETS <= 0.07 for n in alarms.values()), alarms
+    assert few / SETS <= 0.07, "two groups that happen not to vary are no proof"

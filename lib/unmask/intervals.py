@@ -17,6 +17,7 @@ from scipy.stats import t as student
 
 NOTHING = (float("nan"),) * 3
 ROWS = 200  # draws at a time, which bounds the memory at some ROWS x N
+STILL = 1e-7  # a standard error below this is rounding: the groups do not vary, though others of their kind would
 
 
 class _Items:
@@ -30,6 +31,7 @@ class _Items:
         self.starts = np.searchsorted(self.group[self.order], np.arange(self.groups))
         sizes = [np.bincount(self.group[kind], minlength=self.groups) for kind in (self.fake, ~self.fake)]
         self.sizes = np.stack(sizes)  # fakes and reals of each group
+        self.units = (self.sizes > 0).sum(1)  # groups with fakes, and with reals
         self.once = np.ones((1, self.groups))
 
     def by_group(self, values: np.ndarray) -> np.ndarray:
@@ -71,7 +73,7 @@ class _Items:
 
     def freedom(self, parts: np.ndarray) -> float:
         """Degrees of freedom of the variance: Welch and Satterthwaite over the two classes, at most groups - 1."""
-        few = (self.sizes > 0).sum(1)
+        few = self.units
         own = (parts[:, 0] ** 2).sum(1) * few / np.maximum(few - 1, 0.5)
         spread = (own**2 / np.maximum(few - 1, 0.5)).sum()
         return float(np.clip(own.sum() ** 2 / spread if spread > 0 else 1, 1, self.groups - 1))
@@ -102,20 +104,50 @@ def _reach(pivots: np.ndarray, freedom: float, level: float) -> tuple[float, flo
     return (high + least) / 2, (least - low) / 2
 
 
-def _few_pairs(auc: float, units: np.ndarray, level: float) -> tuple[float, float]:
+def _few_reach(units: np.ndarray, level: float) -> float:
+    """How many standard errors `_few_pairs` reaches: Student's t, as units[0] fakes and units[1] reals allow."""
+    return float(student.ppf((1 + level) / 2, max(units.sum() - 1, 1)))
+
+
+def _few_pairs(auc: float, units: np.ndarray, reach: float) -> tuple[float, float]:
     """Interval of an AUC whose groups do not vary, as of units[0] fakes and units[1] reals that are a group each.
 
     The score interval with the variance of Hanley and McNeil: Newcombe, Statistics in Medicine 25 (2006), method 5.
     """
-    reach, half = student.ppf((1 + level) / 2, max(units.sum() - 1, 1)) ** 2, units.sum() / 2 - 1
+    half = units.sum() / 2 - 1
 
     def excess(true: float) -> float:
         shape = 1 + half * (1 - true) / (2 - true) + half * true / (1 + true)
-        return (auc - true) ** 2 - reach * true * (1 - true) * shape / units.prod()
+        return (auc - true) ** 2 - reach**2 * true * (1 - true) * shape / units.prod()
 
     tiny = 1e-12
     low = 0.0 if auc == 0 else brentq(excess, tiny, auc - tiny)
     return low, 1.0 if auc == 1 else brentq(excess, auc + tiny, 1 - tiny)
+
+
+def _few_apart(items: _Items, scores: np.ndarray, others: np.ndarray, reach: float) -> tuple[float, float]:
+    """Interval of a difference whose groups do not vary: those of both AUCs, joined as if they were independent.
+
+    Zou and Donner, Statistics in Medicine 27 (2008).
+    """
+    units, found = items.units, []
+    for columns in (scores, others):
+        auc = float(items.mean_auc(columns, items.once)[0][0])
+        found.append((auc, *((auc, auc) if _constant(columns) else _few_pairs(auc, units, reach))))
+    (one, low, high), (other, least, most) = found
+    value, down, up = one - other, np.hypot(one - low, most - other), np.hypot(high - one, other - least)
+    return max(-1.0, float(value - down)), min(1.0, float(value + up))
+
+
+def _constant(scores: np.ndarray) -> bool:
+    """Whether every column of scores[N,S] says the same of all items: then each AUC is 0.5, whatever the items."""
+    return bool((scores == scores[:1]).all())
+
+
+def _same_order(scores: np.ndarray, others: np.ndarray) -> bool:
+    """Whether both rank all items alike, ties included: then their AUCs are equal, whatever the items."""
+    same = scores.shape == others.shape
+    return same and np.array_equal(rankdata(scores, axis=0), rankdata(others, axis=0))
 
 
 def auc_interval(
@@ -125,7 +157,8 @@ def auc_interval(
 
     labels: int[N], 1 = fake; groups: any[N], the leakage units that are drawn with replacement. scores: float[N], or
     float[N,S] for S seeds of one detector: then the AUC is the mean over seeds, in every draw too. NaN if a class is
-    missing; the interval is NaN with fewer than two groups. A perfect AUC has an interval too (`_few_pairs`).
+    missing; the interval is NaN with fewer than two groups. An AUC that is perfect, or that does not vary over groups,
+    has an interval too (`_few_pairs`); only a constant is 0.5 for sure.
 
     Coverage of 95 % intervals, 500 data sets for each of 80 worlds (60 to 400 items in 12, 20, 40, 100 groups or each
     its own; normal scores, AUC 0.6 to 0.97, groups that shift their scores or not, one class or both in a group,
@@ -140,17 +173,18 @@ def auc_interval(
     value = float(value)
     if items.groups < 2 or np.isnan(value):
         return value, float("nan"), float("nan")
-    variance, units = float(items.variance(parts, items.once)[0]), (items.sizes > 0).sum(1)
-    pairs = items.sizes.sum(1).prod()
-    half = 0.5 / pairs
-    if min(units) < 2 or not half < value < 1 - half:
-        return value, *_few_pairs(value, units, level)
+    if _constant(scores):
+        return value, value, value
+    error, units = float(np.sqrt(items.variance(parts, items.once)[0])), items.units
+    half = 0.5 / items.sizes.sum(1).prod()  # of a pair
+    if min(units) < 2 or error < STILL or not half < value < 1 - half:
+        return value, *_few_pairs(value, units, _few_reach(units, level))
     aucs, variances = items.drawn(lambda counts: items.mean_auc(scores, counts), draws, seed)
     inside = np.clip(aucs, half, 1 - half)
     slope = value * (1 - value)
     sure = (aucs <= half) | (aucs >= 1 - half) | (variances <= 1e-14)
     errors = np.where(sure, 0.5, np.sqrt(variances) / (inside * (1 - inside)))
-    own = np.sqrt(variance) / slope
+    own = error / slope
     down, up = _reach((logit(inside) - logit(value)) / errors, items.freedom(parts), level)
     return value, min(value, float(expit(logit(value) - down * own))), max(value, float(expit(logit(value) + up * own)))
 
@@ -161,8 +195,9 @@ def auc_difference(
     """AUC of `scores` minus that of `others` on the same items, with a paired interval: (difference, low, high).
 
     Arguments and NaN as in `auc_interval`; every draw of groups serves both detectors, so that what is hard for both
-    cancels. A symmetric bootstrap-t. Where both AUCs are 1 by different scores, or a class has one group alone, the two
-    single intervals are joined as independent ones: Zou and Donner, Statistics in Medicine 27 (2008).
+    cancels. A symmetric bootstrap-t. Where the difference does not vary over groups (as between two perfect detectors,
+    or a perfect one and a constant), or a class has one group alone, the two single intervals are joined as independent
+    ones (`_few_apart`). Exactly 0 only where both rank all items alike.
     """
     labels, scores, others = np.asarray(labels), _columns(scores), _columns(others)
     if len(labels) == 0:
@@ -172,14 +207,11 @@ def auc_difference(
     value = float(value)
     if items.groups < 2 or np.isnan(value):
         return value, float("nan"), float("nan")
-    if np.array_equal(scores, others):
+    if _same_order(scores, others):
         return 0.0, 0.0, 0.0
-    error, units = float(np.sqrt(items.variance(parts, items.once)[0])), (items.sizes > 0).sum(1)
-    one, other = (float(items.mean_auc(columns, items.once)[0][0]) for columns in (scores, others))
-    if min(units) < 2 or (error < 1e-7 and {one, other} <= {0.0, 1.0}):
-        (low, high), (least, most) = _few_pairs(one, units, level), _few_pairs(other, units, level)
-        down, up = np.hypot(one - low, most - other), np.hypot(high - one, other - least)
-        return value, max(-1.0, float(value - down)), min(1.0, float(value + up))
+    error, units = float(np.sqrt(items.variance(parts, items.once)[0])), items.units
+    if min(units) < 2 or error < STILL:
+        return value, *_few_apart(items, scores, others, _few_reach(units, level))
     gains, variances = items.drawn(_contrast(items, scores, others), draws, seed)
     pivots = np.abs(gains - value) / np.maximum(np.sqrt(variances), 0.25 * error + 1e-12)
     least = student.ppf((1 + level) / 2, items.freedom(parts))
@@ -201,20 +233,37 @@ def paired_p(labels, scores, others, groups) -> float:
     """Two-sided p of "both detectors have the same AUC", for items in groups.
 
     The cluster-aware DeLong test of Obuchowski 1997 with Student's t in place of the normal, and Welch's degrees of
-    freedom over the groups of either class; nothing is drawn, so that small p stay small under `holm`. Arguments as in
-    `auc_difference`. 1 for identical scores; NaN if a class is missing or has one group alone.
+    freedom over the groups of either class; nothing is drawn, so that small p stay small under `holm`. Where the
+    difference does not vary over groups, p is below 1 - level just where the interval of `auc_difference` leaves out 0.
+    Arguments as there. 1 for identical scores; NaN if a class is missing or has one group alone.
     """
     labels, scores, others = np.asarray(labels), _columns(scores), _columns(others)
     if len(labels) == 0:
         return float("nan")
     items = _Items(labels, groups)
-    if (items.sizes > 0).sum(1).min() < 2:
+    if min(items.units) < 2:
         return float("nan")
     (value,), parts = _contrast(items, scores, others)(items.once)
     error = float(np.sqrt(items.variance(parts, items.once)[0]))
     if abs(value) < 1e-12:
         return 1.0
-    return float(2 * student.sf(abs(value) / error, items.freedom(parts))) if error > 1e-12 else 0.0
+    if error < STILL:
+        return _few_p(items, *((scores, others) if value > 0 else (others, scores)))
+    return float(2 * student.sf(abs(value) / error, items.freedom(parts)))
+
+
+def _few_p(items: _Items, better: np.ndarray, worse: np.ndarray) -> float:
+    """p of the widest interval of `_few_apart` that leaves out 0: where its lower end, which falls with reach, is 0."""
+
+    def low(reach: float) -> float:
+        return _few_apart(items, better, worse, reach)[0]
+
+    reach = 1e-3  # p = 0.999
+    while low(reach) > 0:
+        reach *= 2
+    if reach > 1e-3:
+        reach = brentq(low, reach / 2, reach)
+    return float(2 * student.sf(reach, max(items.units.sum() - 1, 1)))
 
 
 def delong(labels, scores_a, scores_b) -> tuple[float, float]:
@@ -222,7 +271,8 @@ def delong(labels, scores_a, scores_b) -> tuple[float, float]:
 
     labels: int[N], 1 = fake; scores: float[N], ties count half. DeLong et al., Biometrics 44 (1988), by midranks in
     O(N log N) as Sun and Xu, IEEE Signal Processing Letters 21 (2014). p is 1 for identical scores, NaN if a class has
-    fewer than two items; the difference is NaN if a class is missing. For items in groups take `paired_p`.
+    fewer than two items or a difference does not vary over items (as of a perfect detector to a constant), of which
+    the test knows nothing; the difference is NaN if a class is missing. For items in groups take `paired_p`.
     """
     fake = np.asarray(labels) == 1
     n_fake, n_real = int(fake.sum()), int((~fake).sum())
@@ -240,7 +290,7 @@ def delong(labels, scores_a, scores_b) -> tuple[float, float]:
     error = float(np.sqrt(gains[0].var(ddof=1) / n_fake + gains[1].var(ddof=1) / n_real))
     if abs(difference) < 1e-12:
         return difference, 1.0
-    return difference, float(2 * norm.sf(abs(difference) / error)) if error > 1e-12 else 0.0
+    return difference, float(2 * norm.sf(abs(difference) / error)) if error > STILL else float("nan")
 
 
 def holm(values) -> np.ndarray:
