@@ -3,9 +3,12 @@
 import hashlib
 import json
 
+import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import seaborn as sns
 from sklearn.metrics import adjusted_rand_score, roc_auc_score
 from test_profile import resolved
 
@@ -13,7 +16,8 @@ from unmask import ablation, ablation_rows, ablation_stages, published
 from unmask.cli import main
 from unmask.data.manifest import read_manifest, write_manifest
 from unmask.evaluation import read_scores, write_scores
-from unmask.profile import ProfileError, open_study
+from unmask.figures import COLOURS, save_figure
+from unmask.profile import ROOT, ProfileError, open_study
 from unmask.pseudo_labels import AGREEMENT
 from unmask.unsupervised import FEATURES_FILE, LABELS_FILE, TRACES
 
@@ -254,6 +258,8 @@ def test_clusters_are_judged_by_recording_with_a_jackknife(study):
         assert row["high"] == pytest.approx(min(ari + reach, 1), abs=1e-4)
         assert row["gain"] == pytest.approx(ari - 1) and row["p"] < 0.05
     assert table["best"].tolist() == ["best", "", "", ""] and np.isnan(table.loc["right", "p"])
+    study.results("02_camera_clustering", {"ended": "No face."})
+    assert ablation.make(study, "ablation_clustering")["note"].tolist() == ["missing: No face."], "of an earlier run"
     assert table.loc["right", ["low", "high"]].tolist() == [1, 1]
 
 
@@ -283,6 +289,8 @@ def test_measurements_are_judged_on_the_videos_that_they_label(study):
     last = table.iloc[-1]
     assert (last.name, last["items"], last["auc"], last["note"]) == (baseline["by"], 30, 0.6, "not paired")
     assert np.isnan(last["p"]) and last["n_real"] is None
+    study.results(chapter, {"ended": "No video."})
+    assert ablation.make(study, "ablation_features")["note"].tolist() == ["missing: No video."], "of an earlier run"
 
 
 def test_published_numbers_stand_beside_and_in_a_table_of_their_own(study):
@@ -293,3 +301,45 @@ def test_published_numbers_stand_beside_and_in_a_table_of_their_own(study):
     prompts = ablation.make(study, "ablation_prompts")
     assert "98.54" in prompts.loc[prompts["arm"] == "coop", "published"].iloc[0]
     assert (prompts["published"] != "").sum() == 2 and prompts["auc"].max() <= 1
+
+
+def test_every_counterpart_is_an_arm_of_its_table(tmp_path, monkeypatch):
+    arms = {}
+
+    def contest(study, found, control, counterparts, **_):
+        arms[counterparts] = {arm.name for arm in found}
+        return pd.DataFrame(columns=ablation_rows.COLUMNS)
+
+    for module in (ablation, ablation_stages):
+        monkeypatch.setattr(module, "contest", contest)
+    study = open_study(resolved(tmp_path, "paper"))
+    for name in published.names():
+        ablation.make(study, f"ablation_{name}")
+        rows = set(published.read(name)["row"]) - {""}
+        assert rows and rows <= arms[name], f"{name}: {sorted(rows - arms[name])}"
+
+
+def test_the_stages_have_their_published_counterpart_beside(study):
+    table = ablation.make(study, "ablation_unsupervised")
+    beside = table[table["published"] != ""]
+    assert beside["arm"].tolist() == ["4: final"] and "85.88 Celeb-DF-v2" in beside["published"].iloc[0]
+
+
+def test_tables_name_the_seeds_behind_them(study):
+    for name, seeds in (("ablation_prompts", [0, 1]), ("ablation_features", [0]), ("ablation_published", [])):
+        ablation.save_table(study, name)
+        assert json.loads((study.tables / f"{name}.json").read_text())["seeds"] == seeds, name
+
+
+@pytest.mark.parametrize("grid", [True, False])
+def test_chapter_10_draws_the_grid_and_goes_on_without_one(study, grid):
+    if not grid:
+        (study.work / "scores/ablation.parquet").unlink()
+    cells = [cell.source for cell in nbformat.read(ROOT / "notebooks/10_ablation.ipynb", 4).cells]
+    start = next(k for k, source in enumerate(cells) if source.startswith("table = ablation.save_table"))
+    names = {"study": study, "ablation": ablation, "plt": plt, "sns": sns, "COLOURS": COLOURS,
+             "save_figure": save_figure, "display": lambda *_: None}  # fmt: skip
+    for source in cells[start : start + 3]:
+        exec(source, names)
+    assert [(study.figures / f"ablation_{name}.png").is_file() for name in ("gain", "families")] == [grid, grid]
+    plt.close("all")

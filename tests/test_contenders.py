@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from test_aggregation import media, scored
 
-from unmask.contenders import CONTENDERS, Contender, coverage, gather
+from unmask.contenders import CONTENDERS, Contender, coverage, gather, home
 from unmask.evaluation import ScoreError, write_scores
 from unmask.workflow import CHAPTERS
 
@@ -69,6 +69,16 @@ def test_a_damaged_table_is_an_error(work):
     (work / "scores" / "clip.parquet").write_bytes(b"PAR1")
     with pytest.raises(ScoreError, match="clip.parquet"):
         gather(work, TWO)
+
+
+def test_home_is_where_most_is_learned_from_and_else_what_is_tested_first():
+    def split(**counts):
+        rows = [(dataset, split) for key, n in counts.items() for dataset, split in [key.split("_")] * n]
+        return home(pd.DataFrame(rows, columns=["dataset", "split"], index=range(7, 7 + len(rows))))
+
+    assert split(a_test=9, z_train=2, b_train=3, a_train=1) == "b"
+    assert split(a_test=9, z_train=2, b_train=2) == "z", "the first of equals"
+    assert split(c_val=3, b_test=1, a_test=5) == "b" and split(d_val=1, c_val=2) == "d"
 
 
 def test_coverage_accounts_for_every_test_medium():

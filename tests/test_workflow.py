@@ -206,10 +206,10 @@ def test_notebook_without_results_or_with_a_dead_kernel_fails(tmp_path):
 
 def test_a_chapter_that_ends_early_is_done_and_says_why(tmp_path):
     work = tmp_path / "data" / "work" / "demo"
-    code = f'''from pathlib import Path
+    code = f"""from pathlib import Path
 from unmask.profile import Study, load_profile
 study = Study(load_profile("demo"), Path({str(tmp_path)!r}), False)
-study.end("00_early", "there is no video")'''
+study.end("00_early", "there is no video")"""
     nbformat.write(notebook(code, "raise RuntimeError"), tmp_path / "00_early.ipynb")
     result = headless(tmp_path / "00_early.ipynb", work, "--fingerprint", "abc")
     assert result.returncode == 0 and "there is no video" in result.stdout
@@ -304,13 +304,38 @@ def test_fingerprint_follows_code_but_not_speed(tmp_path):
 def test_deleted_figure_makes_its_chapter_run_again(tmp_path):
     step = {"results": "results.json", "fingerprint": "f"}
     plan = {"figures": "figures"}
-    (tmp_path / "figures").mkdir()
-    picture = tmp_path / "figures" / "p.png"
-    picture.touch()
-    (tmp_path / "results.json").write_text(json.dumps({"fingerprint": "f", "saved": ["p.png"]}))
+    (tmp_path / "figures" / "tables").mkdir(parents=True)
+    saved = {"p.png": (".png", ".pdf", ".json"), "i.html": (".html", ".png", ".pdf", ".json"),
+             "tables/p.csv": (".csv", ".md", ".tex", ".json")}  # fmt: skip
+    files = [(tmp_path / "figures" / name).with_suffix(suffix) for name, ends in saved.items() for suffix in ends]
+    for file in files:
+        file.touch()
+    (tmp_path / "results.json").write_text(json.dumps({"fingerprint": "f", "saved": [*saved]}))
     assert not out_of_date(step, plan, tmp_path)
-    picture.unlink()
-    assert out_of_date(step, plan, tmp_path)
+    for file in files:
+        file.unlink()
+        assert out_of_date(step, plan, tmp_path), file.name
+        file.touch()
+    assert not out_of_date(step, plan, tmp_path)
+
+
+def test_published_numbers_count_as_sources_where_they_are_read(tmp_path):
+    root = make_tree(tmp_path)
+    package = root / "lib" / "unmask"
+    (package / "published").mkdir(parents=True)
+    for name, text in (("published.py", "x = 1"), ("published/some.csv", "row\n"), ("thing.py", "x = 1")):
+        (package / name).write_text(text)
+    nbformat.write(notebook("from unmask import published"), root / "notebooks" / "00_first.ipynb")
+    nbformat.write(notebook("import unmask.thing"), root / "notebooks" / "02_other.ipynb")
+    chapters = [Chapter("00_first"), Chapter("02_other")]
+
+    def steps():
+        return make_plan(load_profile("demo", {}, root), chapters, root)["chapters"]
+
+    before = steps()
+    (package / "published" / "some.csv").write_text("other\n")
+    changed = [old["fingerprint"] != new["fingerprint"] for old, new in zip(before, steps(), strict=True)]
+    assert changed == [True, False] and "lib/unmask/published/some.csv" in before[0]["sources"]
 
 
 def test_the_study_itself_is_declared_consistently():

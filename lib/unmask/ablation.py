@@ -69,16 +69,21 @@ def literature(study: Study) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the study: the function of a study that makes it, its caption, and where its numbers come from if not
-    from the study's data."""
+    """A table of the study: the function of a study that makes it, and its caption.
+
+    origin: where its numbers come from if not from the study's data; seeds: how many of the study's, the first ones,
+    are behind them if not all.
+    """
 
     make: Callable[[Study], pd.DataFrame]
     caption: str
     origin: str | None = None
+    seeds: int | None = None
 
 
 _SHARED = (
-    "AUC over test media, mean over seeds, interval over groups; gain: paired difference to {}; "
+    "AUC over test media by the mean over frames (or clips), mean over seeds, interval over groups; "
+    "gain: paired difference to {}; "
     "best: highest AUC of a data set; =: not shown to be worse by a paired test"
 )
 TABLES: Mapping[str, Table] = {
@@ -88,10 +93,12 @@ TABLES: Mapping[str, Table] = {
     "ablation_features": Table(
         ablation_stages.features,
         "Measurements of the first stage without labels, alone, on the videos that they label: training, validation",
+        seeds=1,
     ),
     "ablation_clustering": Table(
         ablation_stages.clustering,
         "Clusters of media against the true cameras: interval and tests of ARI by a jackknife over recordings",
+        seeds=1,
     ),
     "ablation_sbi": Table(sbi, f"Source, fusion, frequency and head: {_SHARED.format('the plain ConvNeXt')}"),
     "ablation_prompts": Table(prompts, f"Ways to teach a CLIP: {_SHARED.format('the linear probe')}"),
@@ -101,10 +108,12 @@ TABLES: Mapping[str, Table] = {
         literature,
         f"Published numbers by table and the row that they are the counterpart of, per cent: {published.NOTE}",
         "published",
+        seeds=0,
     ),
     "ablation_cost": Table(
         ablation_cost.table,
-        "What a detector costs beside its AUC on test videos of the home set; frames per second, judged and trained, "
+        "What a detector costs beside its AUC on test videos of the home set by the mean over frames (or clips); "
+        "frames per second, judged and trained, "
         "on this machine; front: none is better for less",
     ),
 }
@@ -130,5 +139,6 @@ def save_table(study: Study, name: str) -> pd.DataFrame:
         study.manifest_hash = manifest_hash(read_manifest(study.input("manifest.parquet", made_by="00_data")))
     sizes = table["items"].astype(float).groupby(table["dataset"]).max() if "items" in table else pd.Series(dtype=float)
     n = {"media": int(sizes.sum())} if sizes.notna().any() else None
-    figures.save_table(study, name, table, TABLES[name].caption, bold(table), n, TABLES[name].origin)
+    about = TABLES[name]
+    figures.save_table(study, name, table, about.caption, bold(table), n, about.origin, study.seeds[: about.seeds])
     return table

@@ -10,7 +10,7 @@ import torch
 from matplotlib.axes import Axes
 
 from unmask.ablation_rows import whole_numbers
-from unmask.contenders import Contender, gather
+from unmask.contenders import Contender, gather, home
 from unmask.data.manifest import read_manifest
 from unmask.detectors import base
 from unmask.evaluation import join
@@ -77,7 +77,7 @@ COSTED = (
 
 
 def table(study: Study, costed: tuple[Costed, ...] = COSTED) -> pd.DataFrame:
-    """A row per detector, `COLUMNS`: AUC, mean over seeds, on test videos of the manifest's first data set, and price.
+    """A row per detector, `COLUMNS`: AUC, mean over seeds, on test videos of the home set (`home`), and price.
 
     frames: judged of a video; gflops: multiply-adds of a video, in thousands of millions (`base.cost` of a frame x
     frames); frames_per_s: `speed`, measured now; train_s: seconds that its training took, with all that it stands on
@@ -85,8 +85,8 @@ def table(study: Study, costed: tuple[Costed, ...] = COSTED) -> pd.DataFrame:
     detector of the table has as high an AUC for fewer multiply-adds. A detector without scores or checkpoint says so.
     """
     manifest = read_manifest(study.input("manifest.parquet", made_by="00_data"))
-    home = manifest[(manifest["split"] == "test") & (manifest["kind"] == "video")]
-    home = home[home["dataset"] == manifest["dataset"].iloc[0]]
+    videos = manifest[(manifest["split"] == "test") & (manifest["kind"] == "video")]
+    videos = videos[videos["dataset"] == home(manifest)]
     scores, missing = gather(study.work, [one.contender for one in costed])
     options, rows = study.profile.evaluate, []
     for one in costed:
@@ -94,8 +94,8 @@ def table(study: Study, costed: tuple[Costed, ...] = COSTED) -> pd.DataFrame:
         if name in missing or not folders:
             rows.append({"arm": name, "note": missing.get(name, "missing: no checkpoint")})
             continue
-        own = scores[(scores["detector"] == name) & scores["item_id"].isin(home["item_id"])]
-        value = judged(own, home, options.level, options.draws)
+        own = scores[(scores["detector"] == name) & scores["item_id"].isin(videos["item_id"])]
+        value = judged(own, videos, options.level, options.draws)
         paid = price(folders[0], own, study.profile.preprocess.frames)
         trained = [folders[0], *(found[0] for pattern in one.before if (found := _folders(study, pattern)))]
         paid["train_s"] = sum(map(seconds_of, trained)) if len(trained) == 1 + len(one.before) else float("nan")
@@ -104,9 +104,9 @@ def table(study: Study, costed: tuple[Costed, ...] = COSTED) -> pd.DataFrame:
     return found.assign(front=front(found["gflops"].to_numpy(float), found["auc"].to_numpy(float)))
 
 
-def judged(scores: pd.DataFrame, home: pd.DataFrame, level: float, draws: int) -> dict:
-    """Seeds, counts and AUC with interval of one detector's scores of whole media, on the items that every seed has."""
-    part = join(scores[scores["frame"] == -1], home)
+def judged(scores: pd.DataFrame, videos: pd.DataFrame, level: float, draws: int) -> dict:
+    """Seeds, counts and AUC with interval of one detector's scores of whole videos, on those that every seed has."""
+    part = join(scores[scores["frame"] == -1], videos)
     wide = part.pivot(index=["item_id", "label", "group_id"], columns="seed", values="score").dropna()
     labels, groups = (wide.index.get_level_values(key).to_numpy() for key in ("label", "group_id"))
     auc, low, high = auc_interval(labels, wide.to_numpy(), groups, level, draws)

@@ -3,7 +3,6 @@
 Test media alone are judged, paired with the others' judgement of the same media; an arm without scores says why.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pandas as pd
 
 from unmask import published
 from unmask.comparison import compare
-from unmask.contenders import Contender, gather
+from unmask.contenders import Contender, ended, gather
 from unmask.data.manifest import read_manifest
 from unmask.evaluation import join, slices
 from unmask.intervals import holm, paired_p
@@ -122,9 +121,7 @@ def marks(names: Sequence[str], best: str, p: Sequence[float], level: float) -> 
 
 def missing_row(work: Path, chapter: str) -> pd.DataFrame:
     """The one row of a table whose chapter left nothing in the work folder, with the reason in its note."""
-    results, why = work / "results" / f"{chapter}.json", f"{chapter} left no results"
-    if results.is_file():
-        why = json.loads(results.read_text(encoding="utf-8"))["numbers"].get("ended", why)
+    why = ended(work, chapter) or f"{chapter} left no results"
     return pd.DataFrame([{"arm": "all", "note": f"missing: {why}"}])
 
 

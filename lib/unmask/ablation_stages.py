@@ -10,7 +10,7 @@ from sklearn.metrics import adjusted_rand_score
 from unmask.ablation_rows import COLUMNS, COUNTS, contest, judge, marks, missing_row, whole_numbers
 from unmask.clustering import UNATTRIBUTED
 from unmask.clustering import scores as cluster_scores
-from unmask.contenders import Contender
+from unmask.contenders import Contender, ended
 from unmask.data.manifest import read_manifest
 from unmask.intervals import holm
 from unmask.profile import Study
@@ -39,7 +39,8 @@ def features(study: Study) -> pd.DataFrame:
     is: its answers for single videos are not kept, so it takes part in no test.
     """
     folder, chapter = study.work / "unsupervised", "03_unsupervised"
-    if not ((folder / FEATURES_FILE).is_file() and (folder / LABELS_FILE).is_file()):
+    kept = all((folder / name).is_file() for name in (FEATURES_FILE, LABELS_FILE))
+    if ended(study.work, chapter) or not kept:
         return missing_row(study.work, chapter).reindex(columns=COLUMNS)
     manifest, options = read_manifest(study.input("manifest.parquet", made_by="00_data")), study.profile.evaluate
     labels = pd.read_parquet(folder / LABELS_FILE)
@@ -75,13 +76,13 @@ def clustering(study: Study) -> pd.DataFrame:
     original's recording). gain: ARI against the best method's, with an interval and p from the same jackknife; media of
     unknown camera do not count.
     """
-    path = study.work / CLUSTERS
+    path, chapter = study.work / CLUSTERS, "02_camera_clustering"
     manifest = read_manifest(study.input("manifest.parquet", made_by="00_data")).set_index("item_id")
     if (manifest["camera"] == "").all():
         unknown = {"arm": "all", "note": "missing: the manifest does not know the cameras"}
         return pd.DataFrame([unknown]).reindex(columns=CLUSTER_COLUMNS)
-    if not path.is_file():
-        return missing_row(study.work, "02_camera_clustering").reindex(columns=CLUSTER_COLUMNS)
+    if ended(study.work, chapter) or not path.is_file():
+        return missing_row(study.work, chapter).reindex(columns=CLUSTER_COLUMNS)
     found = pd.read_parquet(path)
     truth = manifest.loc[found["item_id"], "camera"].to_numpy()
     found, truth = found[truth != ""].reset_index(drop=True), truth[truth != ""]

@@ -80,12 +80,24 @@ def gather(work: Path, contenders: Sequence[Contender] = CONTENDERS) -> tuple[pd
 
 def _absent(work: Path, contender: Contender, path: Path) -> str:
     """Why the chapter left no scores in this run, or nothing. Scores that outlived their chapter's results do count."""
-    results = work / "results" / f"{contender.chapter}.json"
-    if results.is_file():
-        numbers = json.loads(results.read_text(encoding="utf-8"))["numbers"]
-        if "ended" in numbers:
-            return f"missing: {numbers['ended']}"
+    if reason := ended(work, contender.chapter):
+        return f"missing: {reason}"
     return "" if path.is_file() else f"missing: {contender.chapter} left no scores"
+
+
+def ended(work: Path, chapter: str) -> str:
+    """Why a chapter ended early in this run, so that its other files are of an earlier one; "" if it did not."""
+    results = work / "results" / f"{chapter}.json"
+    return json.loads(results.read_text(encoding="utf-8"))["numbers"].get("ended", "") if results.is_file() else ""
+
+
+def home(manifest: pd.DataFrame) -> str:
+    """The data set that the study trains on: with most train rows, the first of equals; else the test split's first."""
+    train = manifest.loc[manifest["split"] == "train", "dataset"]
+    if len(train):
+        return train.groupby(train, sort=False).size().idxmax()
+    test = manifest.loc[manifest["split"] == "test", "dataset"]
+    return (test if len(test) else manifest["dataset"]).iloc[0]
 
 
 def coverage(scores: pd.DataFrame, manifest: pd.DataFrame, items: pd.DataFrame) -> pd.DataFrame:

@@ -13,6 +13,9 @@ from typing import Any
 
 from unmask.profile import Profile, digest, figures_folder
 
+# What `unmask.figures` leaves beside a file that it names as saved.
+BESIDE = {".png": (".pdf", ".json"), ".html": (".png", ".pdf", ".json"), ".csv": (".md", ".tex", ".json")}
+
 
 class WorkflowError(RuntimeError):
     """The run cannot start; the message says what to change."""
@@ -108,7 +111,7 @@ def make_plan(profile: Profile, chapters: Sequence[Chapter], root: Path) -> dict
         if not notebook.is_file():
             raise WorkflowError(f"Chapter {chapter.stem} has no notebook: notebooks/{notebook.name} is missing.")
         modules = notebook_modules(notebook, root)
-        sources = modules + _committed_weights(modules, root)
+        sources = modules + _committed_weights(modules, root) + _published_numbers(modules, root)
         made_from = [profile.subset_hash(list(chapter.keys)), _content_hash(notebook, root)]
         made_from += [_content_hash(path, root) for path in sources]
         made_from += [steps[need]["fingerprint"] for need in chapter.needs]
@@ -139,6 +142,11 @@ def _committed_weights(modules: list[Path], root: Path) -> list[Path]:
     return sorted((root / "lib").rglob("*.safetensors"))
 
 
+def _published_numbers(modules: list[Path], root: Path) -> list[Path]:
+    package = root / "lib" / "unmask"
+    return sorted((package / "published").glob("*.csv")) if package / "published.py" in modules else []
+
+
 def _content_hash(path: Path, root: Path) -> str:
     return f"{path.relative_to(root)} {hashlib.sha256(path.read_bytes()).hexdigest()}"
 
@@ -147,7 +155,7 @@ def out_of_date(step: dict[str, Any], plan: dict[str, Any], root: Path) -> bool:
     """Whether a chapter must run although Snakemake may think it done.
 
     So it is when its results were not left by a headless run of the present sources and settings (a notebook run by
-    hand overwrites them), or when a figure or table that it saved was deleted.
+    hand overwrites them), or when a file of a figure or table that it saved was deleted.
     """
     path = root / step["results"]
     if not path.is_file():
@@ -158,4 +166,6 @@ def out_of_date(step: dict[str, Any], plan: dict[str, Any], root: Path) -> bool:
         return True
     if results.get("fingerprint") != step["fingerprint"]:
         return True
-    return any(not (root / plan["figures"] / saved).is_file() for saved in results.get("saved", []))
+    saved = [root / plan["figures"] / name for name in results.get("saved", [])]
+    files = [path.with_suffix(suffix) for path in saved for suffix in (path.suffix, *BESIDE.get(path.suffix, ()))]
+    return not all(path.is_file() for path in files)

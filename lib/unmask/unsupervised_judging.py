@@ -18,17 +18,9 @@ from unmask.evaluation import join
 from unmask.intervals import auc_interval
 from unmask.metrics import recalls
 from unmask.pseudo_labels import AGREEMENT, CUE, single_feature, standardise
+from unmask.published import read as read_published
 from unmask.unsupervised import STEPS, TRACES
 
-# Accuracies in percent that an improved re-implementation of Qiao et al. (TPAMI 46(7), 2024) reports of itself and, as
-# its baseline, of the original; the paper's own tables were not to be had. The metric is not stated: 70.41 and 89.80
-# are 69 and 88 of the 98 UADFV videos, so it is taken for accuracy over videos. The counts are its own.
-PUBLISHED = (
-    {"trained on": "FF++", "tested on": "UADFV", "real": 49, "fake": 49, "baseline": 78.0, "improved": 70.41},
-    {"trained on": "FF++", "tested on": "Celeb-DF", "real": 400, "fake": 800, "baseline": None, "improved": 78.80},
-    {"trained on": "FF++", "tested on": "Celeb-DF-v2", "real": 1000, "fake": 5600, "baseline": 70.0, "improved": 85.88},
-    {"trained on": "Celeb-DF-v2", "tested on": "UADFV", "real": 49, "fake": 49, "baseline": None, "improved": 89.80},
-)  # fmt: skip
 LABEL_COLUMNS = ["by", "videos", "balanced_accuracy", "oracle", "accuracy", "auc", "low", "high"]
 STAGES = {
     "cue": "1: camera cue", "traces": "1: traces", "pseudo": "1: pseudo-label", "centroid": "2: nearer centre",
@@ -39,10 +31,19 @@ STAGES = {
 
 
 def published() -> pd.DataFrame:
-    """PUBLISHED as a table, with the accuracy of always answering with the larger class."""
-    table = pd.DataFrame(PUBLISHED)
-    sizes = table[["real", "fake"]]
-    return table.assign(majority=100 * sizes.max(axis=1) / sizes.sum(axis=1))
+    """Published accuracies in per cent of these stages and of their baseline, a row per pair of data sets.
+
+    They are what an improved re-implementation of Qiao et al. (TPAMI 46(7), 2024) reports of itself and, as its
+    baseline, of the original; the paper's own tables were not to be had. The metric is not stated: 70.41 and 89.80 are
+    69 and 88 of the 98 UADFV videos, so it is taken for accuracy over videos. The counts are its own. majority: the
+    accuracy of always answering with the larger class.
+    """
+    table = read_published("unsupervised").rename(columns={"trained_on": "trained on", "tested_on": "tested on"})
+    table["of"] = np.where(table["row"] == "", "baseline", "improved")
+    keys = ["trained on", "tested on", "real", "fake", "majority"]
+    wide = table.set_index([*keys, "of"])["value"].unstack().loc[table.set_index(keys).index.unique()]
+    wide = wide.reset_index().rename_axis(columns=None).astype({"real": int, "fake": int})
+    return wide[[*keys[:4], "baseline", "improved", "majority"]]
 
 
 def feature_scores(features: pd.DataFrame, seed: int) -> dict[str, np.ndarray]:
