@@ -2,23 +2,31 @@
 
 import json
 import math
+import os
 import re
 import shutil
+from types import SimpleNamespace
 
+import ipywidgets
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import tiny_profile
 from PIL import Image
 from scipy.special import expit, logit
+from test_profile import resolved
 
 from unmask import explain as explaining
-from unmask import panel, verdicts
+from unmask import panel, preprocessing, verdicts
 from unmask.data.crops import CropStore, read_index
+from unmask.data.faces import Face
+from unmask.data.landmarks import CANONICAL_68
 from unmask.data.manifest import read_manifest, write_manifest
 from unmask.data.video import encode
 from unmask.detectors.base import load_checkpoint
 from unmask.explain_pages import page_name
+from unmask.profile import ROOT
 from unmask.scoring import score_crops
 from unmask.verdicts import Voice, decide
 
@@ -34,6 +42,8 @@ def test_a_verdict_is_the_mean_of_the_votes_log_odds():
     assert found.verdict == "fake" and found.votes == 2 and found.agreement == 1 and found.reasons == ()
     np.testing.assert_allclose((found.probability, found.low, found.high), expit([2.0, 2 - 0.392, 2 + 0.392]))
     assert decide(GOOD, voices(-3.0, -1.0)).verdict == "real"
+    assert "disagree" in decide(GOOD, voices(5.0, 5.0, -1.0)).reasons[0], "a third is against"
+    assert decide(GOOD, voices(5.0, 5.0, 5.0, -1.0)).verdict == "fake", "a quarter is"
     mixed = decide(GOOD, voices(4.0, 4.0, -0.5))
     assert mixed.verdict == "fake" and mixed.agreement == pytest.approx(2 / 3)
 
@@ -65,6 +75,14 @@ def test_at_the_limits_a_verdict_stands():
     assert verdicts.quality(GOOD | at) == []
     assert verdicts.quality(GOOD | {"qp": None, "face": None, "total": None, "frames": 0, "faces": 0}) == []
     assert verdicts.quality(GOOD | {"picture": True, "total": 1, "jpeg": 30.0}) == []
+
+
+def test_limits_say_where_a_verdict_stands():
+    told = {name: limit.stands for name, limit in verdicts.LIMITS.items()}
+    assert told == {
+        "frames": "at least 8", "share": "at least 0.5", "face": "at least 40", "qp": "at most 38",
+        "bits": "at least 0.01", "jpeg": "at least 30", "odds": "at least 2", "against": "below 0.333",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("quality", [20, 30, 50, 77, 95])
@@ -126,6 +144,19 @@ def test_every_medium_is_scored_as_by_the_detector_alone_and_calibrated(findings
         assert region.map.shape == (explaining.CELLS,) * 2 and np.isfinite(region.map).all()
 
 
+def test_as_many_frames_judge_as_the_calibration_rests_on(findings, tiny_checkpoint, tiny_crops, tmp_path):
+    df = findings[0].query("kind == 'video'").head(2)
+    rows = pd.DataFrame({"label": [0, 1], "score": [0.2, 0.8], "group_id": ["a", "b"], "frames": [1, 1]})
+    few = panel.fit({"net": (tiny_checkpoint, rows)}, tmp_path / "p.json", draws=50)
+    write_manifest(df, tmp_path / "m.parquet")
+    found = explaining.judge(tmp_path / "m.parquet", few, tmp_path / "w", "annotations", workers=0)
+    scores = score_crops(load_checkpoint(tiny_checkpoint)[0], CropStore(tiny_crops), read_index(tiny_crops))
+    for item, one in zip(df["item_id"], found, strict=True):
+        own = scores[(scores["item_id"] == item) & (scores["frame"] >= 0)].sort_values("frame")["score"]
+        assert len(own) == 2 and one.voices[0].score == pytest.approx(own.iloc[1], abs=1e-5)
+        assert len(one.scores["net"]) == 1 and abs(own.iloc[1] - own.mean()) > 1e-4
+
+
 def test_facts_are_those_of_the_media(findings):
     df, found = findings
     for row, one in zip(df.itertuples(), found, strict=True):
@@ -147,6 +178,77 @@ def test_labels_are_not_read(made, findings, tmp_path):
     for one, before in zip(again, found, strict=False):
         assert one.verdict.verdict == before.verdict.verdict
         assert one.verdict.probability == pytest.approx(before.verdict.probability, abs=1e-5)
+
+
+def test_examples_are_of_the_manifests_first_data_set(tiny_world, tmp_path):
+    df = read_manifest(tiny_world / "manifest.parquet")
+    last = df[df["dataset"] == df["dataset"].iloc[-1]]
+    assert last["dataset"].iloc[0] > df["dataset"].iloc[0]
+    for name, rows in {"turned": df[::-1], "as it is": df}.items():
+        write_manifest(rows.reset_index(drop=True), tmp_path / f"{name}.parquet")
+        found = explaining.examples(tmp_path / f"{name}.parquet", tmp_path / "examples.parquet")
+        assert set(found["dataset"]) == {rows["dataset"].iloc[0]} and found["method"].is_unique and len(found) > 2
+        assert set(found["kind"]) == {"video"} and set(found["split"]) == {"test"}
+    write_manifest(df[df["split"] == "train"].reset_index(drop=True), tmp_path / "train.parquet")
+    assert explaining.examples(tmp_path / "train.parquet", tmp_path / "none.parquet").empty
+
+
+def test_uploads_are_kept_apart_whatever_they_are_called(tmp_path):
+    names = ["a.mp4", "a.mp4", "..", ".", "", "../../b.mp4", "x/..", "/etc/passwd"]
+    kept = explaining.keep_uploads([{"name": n, "content": memoryview(f"{i}".encode())} for i, n in enumerate(names)],
+                                   tmp_path / "uploads")  # fmt: skip
+    assert [path.read_text() for path in kept] == [str(i) for i in range(len(names))]
+    assert [path.name for path in kept] == ["a.mp4"] * 2 + ["medium"] * 3 + ["b.mp4", "medium", "passwd"]
+    assert all(path.resolve().is_relative_to(tmp_path / "uploads") for path in kept)
+
+
+class Middle:
+    """A stand-in for a face detector that needs no weights: the face is in the middle."""
+
+    name, hash = "middle", "0" * 64
+
+    def locate(self, frame, index=0):
+        centre, w = np.array(frame.shape[1::-1]) / 2, frame.shape[1] / 2
+        box = np.array([*centre - w / 2, *centre + w / 2], np.float32)
+        return [Face(box, 0.9, (CANONICAL_68 * w / 3 + centre).astype(np.float32))]
+
+
+def test_chapter_11_keeps_your_media_apart_from_the_study(tiny_world, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(preprocessing, "build_locator", lambda name, **_: Middle())
+    preprocessing._worker_locator.cache_clear()
+    path = resolved(tmp_path, "tiny", workers=0)
+    work, media = path.parent, tmp_path / "at home"
+    df = read_manifest(tiny_world / "manifest.parquet")
+    write_manifest(df.assign(root=[str(tiny_world / root) for root in df["root"]]), work / "manifest.parquet")
+    rows = pd.DataFrame({"label": [0, 1], "score": [0.2, 0.8], "group_id": ["a", "b"]})
+    panel.fit({"net": (tiny_checkpoint, rows)}, work / "panel.json", draws=50)
+    media.mkdir()
+    video = df[df["kind"] == "video"].iloc[0]
+    shutil.copy(tiny_world / video["root"] / video["path"], media / "my film.mp4")
+    shutil.copy(media / "my film.mp4", os.fsencode(media) + b"/\xff.mp4")
+    upload = {"name": "upload.mp4", "content": (media / "my film.mp4").read_bytes()}
+    monkeypatch.setattr(ipywidgets, "FileUpload", lambda **_: SimpleNamespace(value=[upload]))
+    monkeypatch.setattr("IPython.display.display", lambda *_: None)
+    before = {p for p in tmp_path.rglob("*") if p.is_file()}
+    cells = nbformat.read(ROOT / "notebooks/11_authenticate.ipynb", 4).cells
+    given, names = {"profile": str(path), "changes": {}, "media": [str(media)]}, {}
+    for cell in (cell for cell in cells if cell.cell_type == "code"):
+        exec(cell.source, names)
+        names.update(given if "parameters" in cell.metadata.get("tags", []) else {})
+    preprocessing._worker_locator.cache_clear()
+    left = {p for p in tmp_path.rglob("*") if p.is_file()} - before
+    own = [p for p in left if not p.is_relative_to(work / "scratch")]
+    assert {p.stem for p in own} == {"authentication_panel"}
+    figures, tables = work / "scratch/figures", work / "scratch/figures/tables"
+    assert {p.stem for p in figures.glob("*.png")} == {f"authentication_{x}" for x in ("timeline", "votes", "regions")}
+    assert sorted(pd.read_csv(tables / "authentication.csv")["path"]) == ["\\udcff.mp4", "my film.mp4", "upload.mp4"]
+    record = json.loads((tables / "authentication.json").read_text())
+    assert record["origin"] == "your media" and "ynthetic world" not in record["caption"]
+    assert record["n"] == {"media": 3} and record["seeds"] == [0]
+    assert json.loads((work / "scratch/results/11_authenticate.json").read_text())["numbers"]["media"] == 3
+    assert not [
+        p for p in left - set(own) if str(tmp_path).encode() in p.read_bytes() or b"/uploads/" in p.read_bytes()
+    ]
 
 
 def test_a_page_and_a_row_for_every_input(made, tiny_world, tmp_path):
@@ -185,14 +287,21 @@ def test_pages_of_judged_media_hold_their_pictures_and_reasons(findings, made, t
     page = (tmp_path / table["page"][0]).read_text()
     assert page.count('src="data:image/png;base64,') == 3 and "too short: 5 frames" in page
     assert "not calibrated" in page and "plain &lt;b&gt;" in page and "Camera" not in page and "no cameras" in page
+    assert "calibrated on videos alone" not in page
+    (name,) = write_pages(found[:1], ["x.png"], made, tmp_path / "picture", "haar")["page"]
+    page = (tmp_path / "picture" / name).read_text()
+    assert df["kind"][0] == "image" and "calibrated on videos alone: net." in page
     fig = timeline(found[video])
     shown = {trace.name: trace for trace in fig.data}
     assert set(shown) == {"net", "plain <b> (no vote)"}
     np.testing.assert_allclose(shown["net"].y, found[video].scores["net"]["probability"])
 
 
-def test_chapter_03s_judge_has_a_vote_and_brings_the_camera(findings, tiny_checkpoint, tmp_path, monkeypatch):
-    df, _ = findings
+def test_chapter_03s_judge_has_a_vote_and_brings_the_camera(tiny_world, tiny_checkpoint, tmp_path, monkeypatch):
+    df = read_manifest(tiny_world / "manifest.parquet")
+    df["root"] = [str(tiny_world / root) for root in df["root"]]
+    videos, images = df[df["kind"] == "video"], df[df["kind"] == "image"]
+    df = pd.concat([videos[:2], images[:1], videos[2:4]], ignore_index=True)
     shutil.copytree(tiny_checkpoint, tmp_path / "stages/stage3-7")
     rng, labels = np.random.default_rng(0), np.repeat([0, 1], 50)
     scores = expit(rng.normal(np.where(labels == 1, 1.5, -1.5)))
@@ -215,6 +324,8 @@ def test_chapter_03s_judge_has_a_vote_and_brings_the_camera(findings, tiny_check
     line = judges.members[0].calibration
     assert found[0].verdict.probability == pytest.approx(expit(line.slope * logit(0.9) + line.intercept))
     assert [one.status for one in found] == ["ok"] * 3 + ["failed"] * 2
+    assert found[2].facts["picture"] and found[2].voices[0].silent == "judges videos, and this is a picture"
+    assert found[2].voices[0].score == 0.7 and found[2].verdict.votes == 0 and found[0].verdict.votes == 1
     texts = [one.camera["text"] for one in found[:3]]
     assert "Camera 4" in texts[0] and "weaker" in texts[0] and "7.4 to 1 for fake" in texts[0]
     assert "Camera 2" in texts[1] and "2.7 to 1 for real" in texts[1] and "None of the known cameras" in texts[2]

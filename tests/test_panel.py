@@ -106,6 +106,17 @@ def test_a_panel_is_read_as_it_was_written_and_moves_with_its_folder(home):
     assert (one.n_real, one.n_fake) == (0, 30) and unknown.n_fake == 0 and np.isnan(unknown.auc)
 
 
+def test_how_many_frames_and_pictures_a_calibration_rests_on(home):
+    rows = scored(30, 30, 0)
+    mixed = rows.assign(kind=["image"] * 40 + ["video"] * 20, frames=[1] * 40 + [3] * 18 + [2, np.nan])
+    unscored = mixed.assign(score=rows["score"].where(mixed["frames"] == 1), frames=mixed["frames"].fillna(9))
+    members = {"mixed": mixed, "all": rows, "unknown": rows.assign(frames=np.nan), "images": unscored}
+    members = {name: (home / "checkpoints/one", table) for name, table in members.items()}
+    panel.fit(members, home / "p.json", level=0.5, draws=50)
+    found = panel.read(home / "p.json")
+    assert [(m.frames, m.pictures) for m in found.members] == [(3, 40), (0, 0), (0, 0), (1, 40)] and found.level == 0.5
+
+
 def test_one_group_leaves_no_interval_and_no_vote(home):
     rows = scored(30, 30, 0).assign(group_id="all")
     (found,) = panel.fit({"a": (home / "checkpoints/one", rows)}, home / "p.json", draws=50).members
@@ -114,13 +125,15 @@ def test_one_group_leaves_no_interval_and_no_vote(home):
 
 BROKEN = {
     "not JSON": lambda c: None,
-    "another version": lambda c: c.update(version=2),
+    "another version": lambda c: c.update(version=1),
     "a key too many": lambda c: c["members"][0].update(weight=3.0),
     "a key too few": lambda c: c["members"][0].pop("threshold"),
     "text for a number": lambda c: c["members"][0].update(auc="0.9"),
     "true for a count": lambda c: c["members"][0].update(n_real=True),
     "a falling line": lambda c: c["members"][0]["calibration"].update(slope=-1.0),
     "no number": lambda c: c["members"][0]["calibration"].update(intercept=None),
+    "frames below none": lambda c: c["members"][0].update(frames=-1),
+    "no share": lambda c: c.update(level=95.0),
     "nobody": lambda c: c.update(members=[]),
     "twice": lambda c: c["members"].append(c["members"][0]),
     "a list": lambda c: c.update(members={"a": 1}),
@@ -160,6 +173,7 @@ def test_validation_scores_are_those_of_the_split_by_the_right_crops(
     folder, table = found[tiny_checkpoint.name]
     val = read_manifest(path).query("split == 'val'").set_index("item_id")
     assert folder == tiny_checkpoint and set(table["item_id"]) == set(val.index)
+    assert (table["kind"].to_numpy() == val.loc[table["item_id"], "kind"]).all() and "frames" not in table
     assert (table["label"].to_numpy() == val.loc[table["item_id"], "label"]).all()
     with pytest.raises(PanelError, match="other crops"):
         panel.score_validation([tiny_checkpoint], path, [dense_crops])

@@ -148,6 +148,8 @@ def test_playing_writes_to_scratch_and_reads_from_the_run(tmp_path):
     assert study.results("05_convnext", {}) == path.parent / "scratch" / "results" / "05_convnext.json"
     assert study.output("checkpoints/x") == path.parent / "scratch" / "checkpoints" / "x"
     assert open_study(path).results("05_convnext", {}) == path.parent / "results" / "05_convnext.json"
+    unchanged = open_study(path, playing=True)
+    assert unchanged.output("x") == path.parent / "scratch" / "x" and unchanged.figures == study.figures
 
 
 def test_missing_input_says_what_to_do(tmp_path):

@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from unmask import verdicts
 from unmask.calibration import logit
-from unmask.data.crops import CropStore, read_index
+from unmask.data.crops import CropStore, read_index, spread
 from unmask.data.manifest import media_path, read_manifest, write_manifest
 from unmask.data.video import MediaError, probe, read_frames
 from unmask.detectors import base
@@ -128,7 +128,8 @@ def judge(
 
 @dataclass
 class _Said:
-    """What one detector says of all media: P(fake) by item, its course over time, where it looks, and the items."""
+    """What one detector says of all media: P(fake) by item, its course over time, where it looks, and the items.
+    `clips`: it judges videos, not pictures."""
 
     score: pd.Series
     times: pd.DataFrame
@@ -147,6 +148,8 @@ def _by_checkpoint(panel: Panel, member: Member, df: pd.DataFrame, paths: Sequen
         times = score_windows(detector, store, index)
         score = times.groupby("item_id")["score"].mean()
     else:
+        if member.frames:  # as many as its calibration rests on
+            index = spread(index, member.frames)
         table = score_crops(detector, store, index)
         score = table[table["frame"] == -1].set_index("item_id")["score"]
         times = table[table["frame"] >= 0].merge(index[["item_id", "frame", "pts"]], on=["item_id", "frame"])
@@ -184,7 +187,7 @@ def _by_stages(panel: Panel, member: Member, df: pd.DataFrame, paths: Sequence[P
     model, profile = panel.home / stages.folder, load_profile("demo", stages.settings)
     found, evidence = judge_crops(Judge.load(model, stages.seed), df, list(paths), store.out, model, profile)
     times = pd.DataFrame(columns=["item_id", "first", "last", "start", "end", "score"])
-    return _Said(found["final"], times, {}, items, clips=False, camera=evidence)
+    return _Said(found["final"], times, {}, items, clips=True, camera=evidence)
 
 
 def _finding(
@@ -214,12 +217,12 @@ def _finding(
 
 
 def _voice(member: Member, score: float, out_of_place: bool) -> Voice:
-    """out_of_place: a detector of clips before a picture."""
+    """out_of_place: a detector of videos before a picture."""
     silent = member.why_silent
     if np.isnan(score):
         return Voice(member.name, score, float("nan"), float("nan"), silent or "it could not see the face")
     if not silent and out_of_place:
-        silent = "looks for changes over time, and a picture has none"
+        silent = "judges videos, and this is a picture"
     if member.calibration is None:
         return Voice(member.name, score, float(logit(score)), float("nan"), silent)
     line = member.calibration
@@ -318,14 +321,15 @@ def explain(
 
 
 def examples(manifest: str | os.PathLike, out: str | os.PathLike) -> pd.DataFrame:
-    """A test video of each kind (real, and of each forgery method) of the first data set, as a manifest of its own in
-    the file `out`; returns its rows, none where the test split has no videos."""
+    """A test video of each kind (real, and of each forgery method) of the manifest's first data set that has any, as a
+    manifest of its own in the file `out`; returns its rows; none, and no file, where the test split has no videos."""
     df = read_manifest(manifest)
     videos = df[(df["split"] == "test") & (df["kind"] == "video")]
-    rows = videos[videos["dataset"] == videos["dataset"].min()].groupby("method", sort=False).head(1)
+    rows = videos[videos["dataset"].isin(videos["dataset"].head(1))].groupby("method", sort=False).head(1)
     rows = rows.sort_values(["label", "method"], ignore_index=True)
     rows["root"] = [str((Path(manifest).parent / root).resolve()) for root in rows["root"]]
-    write_manifest(rows, out)
+    if len(rows):
+        write_manifest(rows, out)
     return rows
 
 
@@ -337,9 +341,13 @@ def listed(media: Iterable[str | os.PathLike], folder: str | os.PathLike) -> tup
 
 
 def keep_uploads(uploads: Iterable[Mapping], folder: str | os.PathLike) -> list[Path]:
-    """Write what an `ipywidgets.FileUpload` holds (its `value`) into a folder; returns the files."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    paths = [Path(folder) / (Path(upload["name"]).name or "medium") for upload in uploads]
-    for path, upload in zip(paths, uploads, strict=True):
+    """Write what an `ipywidgets.FileUpload` holds (its `value`) below a folder; returns the files, all apart even if
+    their names are alike."""
+    paths = []
+    for number, upload in enumerate(uploads):
+        name = Path(upload["name"]).name
+        path = Path(folder) / f"{number:04d}" / (name if name not in ("", ".", "..") else "medium")
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes(upload["content"]))
+        paths.append(path)
     return paths

@@ -29,8 +29,8 @@ WARNING = (
 COMBINED = (
     "The probability is the mean of the calibrated log odds of the detectors with a vote: all count alike, no weight "
     "was learned. A vote has who was calibrated and whose AUC on validation media is above chance with its whole "
-    "interval. The range (95 %) comes from the finite number of validation media; that a medium may be unlike them is "
-    "not in it."
+    "interval. The range (95 %, if the log odds err as a normal distribution does) comes from the finite number of "
+    "validation media; that a medium may be unlike them is not in it."
 )
 
 
@@ -59,7 +59,8 @@ def write_pages(
         document = finding.document() | {"path": name, "page": page}
         rows.append({key: document[key] for key in COLUMNS} | {"reasons": "; ".join(document["reasons"])})
         pictures = _pictures(finding) if finding.status == "ok" else {}
-        html = template.render(finding=finding, name=name, pictures=pictures, rows=None, **about)
+        on_videos = _on_videos(finding, panel)
+        html = template.render(finding=finding, name=name, pictures=pictures, on_videos=on_videos, rows=None, **about)
         write_atomic(out / page, html)
         write_json(out / Path(page).with_suffix(".json"), document | _provenance(panel, locator))
     table = pd.DataFrame(rows, columns=COLUMNS)
@@ -67,6 +68,14 @@ def write_pages(
     write_atomic(out / "verdicts.csv", table.to_csv(index=False, float_format="%.6f"))
     write_json(out / "verdicts.json", _provenance(panel, locator) | {"media": rows})
     return table
+
+
+def _on_videos(finding: Finding, panel: Panel) -> list[str]:
+    """Who has a vote on a picture by a calibration on videos alone."""
+    if not finding.facts["picture"]:
+        return []
+    pairs = zip(finding.voices, panel.members, strict=True)
+    return [voice.name for voice, member in pairs if not (voice.silent or member.pictures)]
 
 
 def _pictures(finding: Finding) -> dict[str, str]:
@@ -87,10 +96,16 @@ def _png(fig: Figure) -> str:
 def _provenance(panel: Panel, locator: str) -> dict:
     """Who judged, and how."""
     members = [
-        {"name": m.name, "sha256": m.sha256, "n_real": m.n_real, "n_fake": m.n_fake, "auc": m.auc, "low": m.low,
+        {"name": m.name, "sha256": m.sha256, "n_real": m.n_real, "n_fake": m.n_fake,
+         "pictures": m.pictures, "frames": m.frames, "auc": m.auc, "low": m.low,
          "high": m.high, "threshold": m.threshold, "calibration": vars(m.calibration) if m.calibration else None,
          "silent": m.why_silent}
         for m in panel.members
     ]  # fmt: skip
-    limits = {name: {"value": x.value, "about": x.about, "source": x.source} for name, x in LIMITS.items()}
-    return {"warning": WARNING, "combination": COMBINED, "locator": locator, "panel": members, "limits": limits}
+    limits = {
+        name: {"value": x.value, "stands": x.stands, "about": x.about, "source": x.source} for name, x in LIMITS.items()
+    }
+    return {
+        "warning": WARNING, "combination": COMBINED, "locator": locator, "level": panel.level, "panel": members,
+        "limits": limits,
+    }  # fmt: skip

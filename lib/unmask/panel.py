@@ -21,7 +21,7 @@ from unmask.metrics import balanced_threshold
 from unmask.profile import Profile, write_json
 from unmask.scoring import score_crops
 
-VERSION = 1
+VERSION = 2
 JUDGE = "unsupervised"  # the name of chapter 03's judge among the members
 
 
@@ -33,8 +33,9 @@ class PanelError(ValueError):
 class Member:
     """One detector: its checkpoint (a path relative to the panel's folder) and what validation media said of it.
 
-    calibration: None where they lacked a class. auc with its interval (low, high), threshold: of best balanced
-    accuracy; NaN where unknown.
+    pictures: how many of them were no videos. frames: of a video at most, behind a score by single frames; 0 = all that
+    were cut. auc with its interval (low, high), threshold: of best balanced accuracy; NaN where unknown. calibration:
+    None where they lacked a class.
     """
 
     name: str
@@ -43,6 +44,8 @@ class Member:
     n_real: int
     n_fake: int
     groups: int
+    pictures: int
+    frames: int
     auc: float
     low: float
     high: float
@@ -78,12 +81,14 @@ class Unsupervised:
 
 @dataclass(frozen=True)
 class Panel:
-    """What judges. `home`: the panel's folder. `locators`: how the faces of the validation media were found."""
+    """What judges. `home`: the panel's folder. `locators`: how the faces of the validation media were found. `level`:
+    of the intervals of the members' AUCs."""
 
     home: Path
     members: tuple[Member, ...]
     unsupervised: Unsupervised | None = None
     locators: tuple[str, ...] = ()
+    level: float = 0.95
 
     def folder(self, member: Member) -> Path:
         """Where a member's checkpoint lies."""
@@ -91,10 +96,14 @@ class Panel:
 
 
 def _judged(validation: pd.DataFrame, level: float, draws: int) -> dict:
-    """What validation media (label, score, group_id) say of a detector: the fields of Member."""
+    """What validation media, as in `fit`, say of a detector: the fields of Member."""
     known = validation.dropna(subset="score")
     labels, scores, groups = (known[key].to_numpy() for key in ("label", "score", "group_id"))
     found = {"n_real": int((labels == 0).sum()), "n_fake": int((labels == 1).sum()), "groups": len(set(groups))}
+    found["pictures"] = int((known["kind"] == "image").sum()) if "kind" in known else 0
+    # The most and not the median: whoever takes at most N frames takes fewer of a short video, and one of a picture.
+    frames = known["frames"].max() if "frames" in known else 0
+    found["frames"] = 0 if np.isnan(frames) else int(frames)
     nothing = dict.fromkeys(("auc", "low", "high", "threshold"), float("nan"))
     if not (found["n_real"] and found["n_fake"]):
         return found | nothing | {"calibration": None}
@@ -133,9 +142,11 @@ def fit(
     """Calibrate detectors on validation media and write the panel to `path` (JSON).
 
     members: by name, the folder of a checkpoint and its scores of validation media, a row each: label (1 = fake), score
-    = P(fake), group_id; None leaves it uncalibrated. unsupervised: the folder of chapter 03's stages, their seed, the
-    profile they were made with and the scores of their variant "final", as those of a member. locators: how the faces
-    of the validation media were found. Raises CheckpointError for a checkpoint, PanelError for one that has no place.
+    = P(fake), group_id, where they are not all videos their kind (video|image), and for a detector of single frames
+    that judged some of those that were cut, frames: how many its score is the mean of. None leaves it uncalibrated.
+    unsupervised: the folder of chapter 03's stages, their seed, the profile they were made with and the scores of their
+    variant "final", as those of a member. locators: how the faces of the validation media were found. Raises
+    CheckpointError for a checkpoint, PanelError for one that has no place.
     """
     from unmask.unsupervised import stage_folder  # not above: chapter 03 is for those who have it
 
@@ -149,7 +160,7 @@ def fit(
         where = os.path.relpath(Path(folder).absolute(), path.parent.absolute())
         stages = Unsupervised(Path(where).as_posix(), seed, settings)
     found = [member(name, folder, path.parent, rows, level, draws) for name, (folder, rows) in named.items()]
-    panel = Panel(path.parent, tuple(found), stages, tuple(sorted(set(locators))))
+    panel = Panel(path.parent, tuple(found), stages, tuple(sorted(set(locators))), level)
     content = {key: value for key, value in asdict(panel).items() if key != "home"}
     write_json(path, {"version": VERSION, **content})
     return panel
@@ -191,7 +202,8 @@ def score_validation(
         index = read_index(store.out)
         scores = score_crops(detector, store, index[index["item_id"].isin(set(val["item_id"]))])
         clips = scores[scores["frame"] == -1]
-        found[checkpoint.resolve().name] = checkpoint, clips.merge(val[["item_id", "label", "group_id"]], on="item_id")
+        known = val[["item_id", "label", "group_id", "kind"]]
+        found[checkpoint.resolve().name] = checkpoint, clips.merge(known, on="item_id")
     return found
 
 
@@ -215,7 +227,7 @@ def read(path: str | os.PathLike) -> Panel:
 
 
 def _panel(content: dict, home: Path) -> Panel:
-    _exactly(content, {"version", "members", "unsupervised", "locators"}, "the panel")
+    _exactly(content, {"version", "members", "unsupervised", "locators", "level"}, "the panel")
     if content["version"] != VERSION:
         raise ValueError(f"version {content['version']!r}")
     members = []
@@ -225,6 +237,8 @@ def _panel(content: dict, home: Path) -> Panel:
         if line and not (line.slope >= 0 and all(np.isfinite(list(asdict(line).values())))):
             raise ValueError("a calibration needs finite numbers and a slope of 0 or more")
         members.append(_typed(Member, entry | {"calibration": line or None}))
+        if members[-1].frames < 0:
+            raise ValueError("frames are 0 (all) or more")
     if not members or len({one.name for one in members}) < len(members):
         raise ValueError("members need names of their own")
     stages = content["unsupervised"] and _typed(Unsupervised, content["unsupervised"])
@@ -232,7 +246,9 @@ def _panel(content: dict, home: Path) -> Panel:
         raise ValueError(f"the member {JUDGE} and its stages go together")
     if not all(isinstance(name, str) for name in content["locators"]):
         raise TypeError("locators are names")
-    return Panel(home, tuple(members), stages or None, tuple(content["locators"]))
+    if type(content["level"]) is not float or not 0 < content["level"] < 1:
+        raise ValueError("the level of intervals is a share")
+    return Panel(home, tuple(members), stages or None, tuple(content["locators"]), content["level"])
 
 
 def _exactly(entry: dict, names: set[str], what: str) -> None:

@@ -283,7 +283,7 @@ class Study:
     def describe(self) -> str:
         """The run, the commit and the versions, as printed at the top of every notebook."""
         versions = ", ".join(f"{package} {version}" for package, version in self.provenance["versions"].items())
-        mode = ", playing with changes: outputs go to scratch" if self.playing else ""
+        mode = ", playing: outputs go to scratch" if self.playing else ""
         return (
             f"profile {self.profile.name} ({self.profile.hash}), run {self.profile.run}, seeds {self.seeds}{mode}\n"
             f"commit {self.provenance['commit']}\nPython {platform.python_version()}, {versions}"
@@ -301,7 +301,7 @@ class Study:
         return path
 
     def output(self, relpath: str) -> Path:
-        """Where this run may write: the work folder, or its scratch folder while playing with `changes`."""
+        """Where this run may write: the work folder, or its scratch folder while playing."""
         path = (self.work / "scratch" if self.playing else self.work) / relpath
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
@@ -324,16 +324,16 @@ class Study:
         return write_json(self.output(f"results/{chapter}.json"), content)
 
 
-def open_study(profile: str | Path = "demo", changes: Mapping[str, Any] | None = None) -> Study:
+def open_study(profile: str | Path = "demo", changes: Mapping[str, Any] | None = None, playing: bool = False) -> Study:
     """Open a run by profile name or by a resolved profile file (data/work/<run>/profile.yaml, as run_all.sh passes).
 
-    With `changes` the study is played with: inputs are found as ever, while figures, tables, results and outputs go
-    to <work>/scratch, so that trying something never replaces the study's own.
+    With `changes`, or if `playing`, the study is played with: inputs are found as ever, while figures, tables, results
+    and outputs go to <work>/scratch, so that trying something never replaces the study's own.
     """
     path = _profile_path(profile, ROOT)
     resolved = path.name == "profile.yaml" and path.parents[1].parts[-2:] == ("data", "work")
     root = path.parents[3] if resolved else ROOT
-    return Study(load_profile(path, changes, root), root, playing=bool(changes))
+    return Study(load_profile(path, changes, root), root, playing=playing or bool(changes))
 
 
 def write_json(path: str | Path, content: Any) -> Path:

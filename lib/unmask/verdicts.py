@@ -5,26 +5,37 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 REAL, FAKE, UNKNOWN = "real", "fake", "cannot tell"
+RANGE = 1.96  # standard errors to either side: 95 % of a normal distribution
 
 
 @dataclass(frozen=True)
 class Limit:
-    """A number below (or, if `above`, over) which nothing is told, and where the number comes from."""
+    """A number below (or, if `above`, over) which nothing is told, and where the number comes from. If `itself`, the
+    number, too, is beyond."""
 
     value: float
     about: str
     source: str
     above: bool = False
+    itself: bool = False
+
+    @property
+    def stands(self) -> str:
+        """Where a verdict stands, in words: "at least 40"."""
+        words = ("above", "below") if self.itself else ("at least", "at most")
+        return f"{words[self.above]} {self.value:.3g}"
 
     def crossed(self, value: float | None) -> bool:
         """Whether a measurement is beyond the limit; one that is missing (None, NaN) is not."""
         if value is None or math.isnan(value):
             return False
+        if value == self.value:
+            return self.itself
         return value > self.value if self.above else value < self.value
 
 
 LIMITS = {
-    "frames": Limit(8, "frames of a video", "a video's score is a mean over frames; the study's own are judged by 8"),
+    "frames": Limit(8, "frames of a video", "by convention: fewer last less than a third of a second at 25 a second"),
     "share": Limit(0.5, "share of the looked-at frames that show the face", "by convention: the face is the subject"),
     "face": Limit(
         40, "width of the face in pixels of the medium",
@@ -41,7 +52,8 @@ LIMITS = {
     "jpeg": Limit(30, "JPEG quality of a picture", "the strongest compression of the robustness curves, chapter 09"),
     "odds": Limit(2, "odds of the verdict, to one", "by convention: a probability between 1/3 and 2/3 decides nothing"),
     "against": Limit(
-        1 / 3, "share of the decided votes against the majority", "by convention: a third of the panel", above=True
+        1 / 3, "share of the decided votes against the majority", "by convention: a third of the panel", above=True,
+        itself=True,
     ),
 }  # fmt: skip
 
@@ -100,7 +112,7 @@ def decide(facts: dict, voices: Sequence[Voice]) -> Verdict:
     mean, error = combine(voices)
     votes = [voice for voice in voices if not voice.silent]
     reasons = [*quality(facts), *doubts(votes, mean, error)]
-    low, high = (sigmoid(mean + side * 1.96 * error) for side in (-1, 1))
+    low, high = (sigmoid(mean + side * RANGE * error) for side in (-1, 1))
     agreement = sum((v.log_odds > 0) == (mean > 0) for v in votes) / len(votes) if votes else math.nan
     verdict = UNKNOWN if reasons else FAKE if mean > 0 else REAL
     return Verdict(verdict, sigmoid(mean), low, high, len(votes), agreement, tuple(reasons))
@@ -136,9 +148,9 @@ def doubts(votes: Sequence[Voice], mean: float, error: float) -> list[str]:
     found, decided = [], math.log(LIMITS["odds"].value)
     sides = [voice.log_odds > 0 for voice in votes if abs(voice.log_odds) >= decided]
     against = min(sum(sides), len(sides) - sum(sides))
-    if sides and against / len(sides) >= LIMITS["against"].value:
+    if sides and LIMITS["against"].crossed(against / len(sides)):
         found.append(f"the detectors disagree: {sum(sides)} say fake, {len(sides) - sum(sides)} say real")
-    p, low, high = (sigmoid(mean + side * 1.96 * error) for side in (0, -1, 1))
+    p, low, high = (sigmoid(mean + side * RANGE * error) for side in (0, -1, 1))
     if abs(mean) < decided:
         found.append(f"too near to even: P(fake) is {p:.2f}")
     elif low <= 0.5 <= high or math.isnan(error):
