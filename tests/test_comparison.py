@@ -35,6 +35,26 @@ def plain_delong(fakes_and_reals, others):
     return 2 * norm.sf(abs(gains.mean()) / error)
 
 
+def test_a_video_is_never_judged_against_an_image():
+    """A score that only tells videos from images, most fakes being videos, is chance in every row."""
+    kinds = np.array(["video"] * 4 + ["image"] * 4 + ["video"] * 4)
+    manifest = pd.DataFrame({
+        "item_id": [f"i{k}" for k in range(12)], "kind": kinds, "dataset": "world", "split": "test",
+        "label": [0, 0, 1, 1, 0, 0, 0, 1, 1, 1, 1, 1],
+        "method": ["real", "real", "swap", "warp", "real", "real", "real", "swap", "swap", "warp", "swap", "warp"],
+        "group_id": list("abcdabcdabcd"),
+    })  # fmt: skip
+    scores = manifest[["item_id"]].assign(frame=-1, score=np.where(kinds == "video", 0.9, 0.1), seed=0, checkpoint="")
+    both = pd.concat([scores.assign(detector=name, variant="") for name in ("kind", "other")])
+    table = compare(both, manifest, ("kind", ""), draws=20)
+    assert table["auc"].tolist() == [0.5] * len(table)
+    assert list(dict.fromkeys(table["method"])) == ["all", "swap", "warp", "swap (image)"]
+    assert table.groupby("method")["items"].first().to_dict() == {"all": 8, "swap": 5, "warp": 5, "swap (image)": 4}
+    images = manifest[manifest["kind"] == "image"]
+    alone = compare(both[both["item_id"].isin(images["item_id"])], images, ("kind", ""), draws=20)
+    assert set(alone["method"]) == {"swap"}, "without videos the name is the method's own"
+
+
 def test_comparison_is_paired_and_averages_seeds():
     manifest = videos()
     good, bad = [0.1, 0.2, 0.3, 0.7, 0.8, 0.9], [0.5, 0.6, 0.7, 0.55, 0.65, 0.4]

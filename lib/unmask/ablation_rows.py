@@ -13,7 +13,7 @@ from unmask import published
 from unmask.comparison import compare
 from unmask.contenders import Contender, ended, gather
 from unmask.data.manifest import read_manifest
-from unmask.evaluation import join, slices
+from unmask.evaluation import join, slices_by_kind
 from unmask.intervals import holm, paired_p
 from unmask.profile import Study
 
@@ -56,7 +56,7 @@ def judge(
         rows[GAINS] = np.nan
     about = [
         _standing(part, rows[(rows["dataset"] == where.dataset) & (rows["method"] == where.method)], level)
-        for where, part in slices(join(clips, manifest)).items()
+        for where, part in slices_by_kind(join(clips, manifest)).items()
         if where.reals == "all" and part["label"].nunique() == 2
     ]
     place = rows["arm"].map({arm: k for k, arm in enumerate(clips["detector"].unique())})

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from unmask.evaluation import join, slices
+from unmask.evaluation import join, slices_by_kind
 from unmask.intervals import auc_difference, auc_interval, delong, holm, paired_p
 
 TEXTS, COUNTS = ["dataset", "method", "detector", "variant"], ["seeds", "items"]
@@ -15,17 +15,18 @@ def compare(
 ) -> pd.DataFrame:
     """AUC of every detector and variant, and its difference to `control`, per data set and method.
 
-    scores: a score table with one frame per item (-1). control: (detector, variant). Columns dataset, method, detector,
-    variant, seeds, items; auc, low, high; gain, gain_low, gain_high; p, p_delong, p_holm, also where nothing can be
-    judged and no row is left. Intervals are drawn over groups, alike for both; seeds are averaged in every draw. p is
-    that of `paired_p` for "no gain"; p_holm corrects it for all rows of the table together, every data set and method,
-    except those of the control itself, whose p are NaN. p_delong is the plain DeLong test of the scores averaged over
-    seeds, as papers report it: it is uncorrected and takes items for independent, so that it is too small wherever the
-    items of a group resemble each other. All are judged on the items that all of them scored; where the control has no
-    scores of a data set, gains and p are NaN there.
+    Videos and images are judged apart (`evaluation.slices_by_kind`). scores: a score table with one frame per item
+    (-1). control: (detector, variant). Columns dataset, method, detector, variant, seeds, items; auc, low, high; gain,
+    gain_low, gain_high; p, p_delong, p_holm, also where nothing can be judged and no row is left. Intervals are drawn
+    over groups, alike for both; seeds are averaged in every draw. p is that of `paired_p` for "no gain"; p_holm
+    corrects it for all rows of the table together, every data set and method, except those of the control itself, whose
+    p are NaN. p_delong is the plain DeLong test of the scores averaged over seeds, as papers report it: it is
+    uncorrected and takes items for independent, so that it is too small wherever the items of a group resemble each
+    other. All are judged on the items that all of them scored; where the control has no scores of a data set, gains and
+    p are NaN there.
     """
     rows = []
-    for where, part in slices(join(scores, manifest)).items():
+    for where, part in slices_by_kind(join(scores, manifest)).items():
         if where.reals != "all" or part["label"].nunique() < 2:
             continue
         keys, columns = ["item_id", "label", "group_id"], ["detector", "variant", "seed"]

@@ -5,7 +5,7 @@ trained on; test scores never choose anything.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +132,19 @@ def slices(df: pd.DataFrame) -> dict[Slice, pd.DataFrame]:
             if 0 < matched["item_id"].nunique() < reals["item_id"].nunique():
                 paired = own[own["group_id"].isin(set(matched["group_id"]))]
                 found[Slice(dataset, method, "matched")] = pd.concat([matched, paired])
+    return found
+
+
+def slices_by_kind(df: pd.DataFrame) -> dict[Slice, pd.DataFrame]:
+    """`slices` of videos, then of images, whose methods are named "METHOD (image)" where there are videos, too.
+
+    Never a video against an image: one detector's scores of the two lie on scales of their own, and an AUC over both
+    would credit it with telling them apart.
+    """
+    found = slices(df[df["kind"] == "video"])
+    suffix = " (image)" if found else ""
+    for where, part in slices(df[df["kind"] == "image"]).items():
+        found[replace(where, method=f"{where.method}{suffix}")] = part
     return found
 
 
