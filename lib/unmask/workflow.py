@@ -43,7 +43,7 @@ CHAPTERS = (
     Chapter("07_clip_prompts", needs=("01_preprocessing",), keys=("clip", "preprocess", "evaluate", "seed", "seeds")),
     Chapter(
         "08_clip_d2st",
-        needs=("01_preprocessing",),
+        needs=("07_clip_prompts",),
         keys=("sbi", "clip", "d2st", "preprocess", "evaluate", "seed", "seeds"),
     ),
     Chapter(
