@@ -152,3 +152,13 @@ def test_shown():
     assert [shown(value) for value in values] == [
         "–", "–", "3", "0.500", "0.000", "1.23e+04", "1.00e-05", "x", "0.250", "True",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [object, "Int64"])
+def test_counts_beside_a_missing_one_stay_whole(study, dtype):
+    counts = pd.Series([24, None], dtype=dtype)
+    path = save_table(study, "counts", pd.DataFrame({"n": counts, "auc": [0.5, np.nan]}), "Counts")
+    assert path.read_text() == "n,auc\n24,0.5\n,\n"
+    rows = json.loads(path.with_suffix(".json").read_text())["numbers"]["rows"]
+    assert rows == [{"n": 24, "auc": 0.5}, {"n": None, "auc": None}] and type(rows[0]["n"]) is int
+    assert "24.0" not in path.with_suffix(".md").read_text()

@@ -93,7 +93,7 @@ def test_template_runs_and_its_sources_stay(tmp_path):
 @pytest.fixture(scope="module")
 def study():
     """The whole study with profile tiny, through the workflow, into data/work/tiny."""
-    result = python("-m", "unmask.workflow", "--profile", "tiny")
+    result = python("-m", "unmask.workflow", "--profile", "tiny", "--jobs", "2")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
     return ROOT / "data" / "work" / "tiny"
 

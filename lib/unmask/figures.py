@@ -114,7 +114,9 @@ def save_table(
     """
     if bold is not None and bold.shape != df.shape:
         raise ValueError(f"bold has the shape {bold.shape}, the table {name} {df.shape}.")
-    precise = df.map(lambda value: float(f"{value:.6g}") if _is_float(value) else value)
+    precise = pd.DataFrame({k: _precise(df.iloc[:, k]) for k in range(df.shape[1])}, df.index).set_axis(
+        df.columns, axis=1
+    )
     columns = [str(column) for column in df.columns]
     numbers: dict[str, Any] = {"columns": columns, "rows": precise.to_dict(orient="records")}
     if bold is not None:
@@ -140,6 +142,12 @@ def _markdown(text: pd.DataFrame, bold: pd.DataFrame | None) -> str:
     if bold is not None:
         text = text.mask(bold.to_numpy(bool), "**" + text + "**")
     return text.to_markdown(index=False, disable_numparse=True)
+
+
+def _precise(column: pd.Series) -> pd.Series:
+    # As objects, lest a whole number beside a missing one become a float.
+    values = [None if v is pd.NA else float(f"{v:.6g}") if _is_float(v) else v for v in column]
+    return pd.Series(values, column.index, dtype=object)
 
 
 def shown(value: Any) -> str:
