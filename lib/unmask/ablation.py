@@ -113,8 +113,7 @@ TABLES: Mapping[str, Table] = {
     "ablation_cost": Table(
         ablation_cost.table,
         "What a detector costs beside its AUC on test videos of the home set by the mean over frames (or clips); "
-        "frames per second, judged and trained, "
-        "on this machine; front: none is better for less",
+        "frames per second and seconds of training on this machine; front: none is better for less",
     ),
 }
 
