@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import minimize
+from scipy.special import expit
 
 FLOOR = 1e-6  # scores nearer to 0 or 1 than this say no more: a sigmoid in float32 ends there
 
@@ -68,20 +69,16 @@ def calibrate(labels, scores) -> tuple[float, float]:
 
     def loss(beta):
         z = scaled @ beta
-        return weights @ (np.logaddexp(0, z) - targets * z), scaled.T @ (weights * (_sigmoid(z) - targets))
+        return weights @ (np.logaddexp(0, z) - targets * z), scaled.T @ (weights * (expit(z) - targets))
 
     def curvature(beta):
-        p = _sigmoid(scaled @ beta)
+        p = expit(scaled @ beta)
         return (scaled.T * (weights * p * (1 - p))) @ scaled
 
     beta = minimize(loss, np.zeros(2), jac=True, hess=curvature, method="trust-exact", options={"gtol": 1e-9}).x
     if beta[0] <= 0:
         return 0.0, 0.0
     return float(beta[0] / spread), float(beta[1] - beta[0] * x.mean() / spread)
-
-
-def _sigmoid(z: np.ndarray) -> np.ndarray:
-    return np.exp(-np.logaddexp(0, -z))
 
 
 def uncertainty(labels, scores, groups, slope: float, intercept: float) -> tuple[float, float, float]:
@@ -94,7 +91,7 @@ def uncertainty(labels, scores, groups, slope: float, intercept: float) -> tuple
     labels, x = np.asarray(labels).astype(int), logit(scores)
     weights, targets = _weights(labels)
     both = np.stack([x, np.ones_like(x)], 1)
-    p = _sigmoid(slope * x + intercept)
+    p = expit(slope * x + intercept)
     # A slope of 0 is a bound, and a constant score has none: a pseudo-inverse leaves the intercept alone there.
     inverse = np.linalg.pinv((both.T * (weights * p * (1 - p))) @ both)
     _, member = np.unique(np.asarray(groups).astype(str), return_inverse=True)

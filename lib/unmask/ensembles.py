@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
@@ -79,14 +80,10 @@ def combine(table: pd.DataFrame, labels: pd.Series) -> tuple[dict[str, pd.Series
     val = table.loc[labels.index]
     stack = LogisticRegression(C=STRENGTH, class_weight="balanced").fit(val.fillna(0.0), labels)
     members = {"all": list(table.columns), "chosen": best_first(val, labels.to_numpy()), "stacked": list(table.columns)}
-    found = {name: _sigmoid(table[members[name]].mean(axis=1).dropna()) for name in ("all", "chosen")}
+    found = {name: expit(table[members[name]].mean(axis=1).dropna()) for name in ("all", "chosen")}
     heard = table.dropna(how="all").fillna(0.0)
     found["stacked"] = pd.Series(stack.predict_proba(heard)[:, 1], index=heard.index)
     return found, members
-
-
-def _sigmoid(values: pd.Series) -> pd.Series:
-    return 1 / (1 + np.exp(-values.clip(-30, 30)))
 
 
 def ensembles(scores: pd.DataFrame, manifest: pd.DataFrame, seeds: Sequence[int]) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image, UnidentifiedImageError
+from scipy.special import expit
 
 from unmask import verdicts
 from unmask.calibration import logit
@@ -232,7 +233,7 @@ def _voice(member: Member, score: float, out_of_place: bool) -> Voice:
 def _course(member: Member, times: pd.DataFrame) -> pd.DataFrame:
     """Scores over time, with what they are worth: start, end (seconds), first, last (frames), score, probability."""
     odds = member.calibration.log_odds(times["score"]) if member.calibration else None
-    p = times["score"] if odds is None else 1 / (1 + np.exp(-odds))
+    p = times["score"] if odds is None else expit(odds)
     return times.drop(columns="item_id").assign(probability=p).sort_values("start", ignore_index=True)
 
 

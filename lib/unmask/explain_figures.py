@@ -7,11 +7,12 @@ import numpy as np
 import plotly.graph_objects as go
 import seaborn as sns
 from matplotlib.figure import Figure
+from scipy.special import expit
 
 from unmask.d2st_figures import draw_points
 from unmask.explain import Finding, Region
 from unmask.figures import COLOURS
-from unmask.verdicts import LIMITS, RANGE, sigmoid
+from unmask.verdicts import LIMITS, RANGE
 
 P_FAKE = "P(fake), calibrated"
 MOST_FRAMES = 4  # of a clip, side by side
@@ -84,7 +85,7 @@ def votes(finding: Finding) -> Figure:
     ax.axvspan(*_undecided(), color=COLOURS["control"], alpha=0.15, linewidth=0)
     ax.axvline(0.5, color=COLOURS["control"], linestyle="--", linewidth=1)
     for voice in said:
-        low, high = (sigmoid(voice.log_odds + side * RANGE * voice.error) for side in (-1, 1))
+        low, high = (expit(voice.log_odds + side * RANGE * voice.error) for side in (-1, 1))
         colour = COLOURS["control"] if voice.silent else COLOURS["fake" if voice.log_odds > 0 else "real"]
         label = voice.name + (" (no vote)" if voice.silent else "")
         ax.plot([low, high], [label] * 2, color=colour, linewidth=2)

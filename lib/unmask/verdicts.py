@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from scipy.special import expit
+
 REAL, FAKE, UNKNOWN = "real", "fake", "cannot tell"
 RANGE = 1.96  # standard errors to either side: 95 % of a normal distribution
 
@@ -72,7 +74,7 @@ class Voice:
     @property
     def probability(self) -> float:
         """P(fake) after calibration."""
-        return sigmoid(self.log_odds)
+        return float(expit(self.log_odds))
 
 
 @dataclass(frozen=True)
@@ -87,11 +89,6 @@ class Verdict:
     votes: int
     agreement: float
     reasons: tuple[str, ...]
-
-
-def sigmoid(x: float) -> float:
-    """1 / (1 + exp(-x)) without overflow; NaN stays."""
-    return math.nan if math.isnan(x) else 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
 
 def combine(voices: Sequence[Voice]) -> tuple[float, float]:
@@ -112,10 +109,10 @@ def decide(facts: dict, voices: Sequence[Voice]) -> Verdict:
     mean, error = combine(voices)
     votes = [voice for voice in voices if not voice.silent]
     reasons = [*quality(facts), *doubts(votes, mean, error)]
-    low, high = (sigmoid(mean + side * RANGE * error) for side in (-1, 1))
+    low, high = (float(expit(mean + side * RANGE * error)) for side in (-1, 1))
     agreement = sum((v.log_odds > 0) == (mean > 0) for v in votes) / len(votes) if votes else math.nan
     verdict = UNKNOWN if reasons else FAKE if mean > 0 else REAL
-    return Verdict(verdict, sigmoid(mean), low, high, len(votes), agreement, tuple(reasons))
+    return Verdict(verdict, float(expit(mean)), low, high, len(votes), agreement, tuple(reasons))
 
 
 def quality(facts: dict) -> list[str]:
@@ -150,7 +147,7 @@ def doubts(votes: Sequence[Voice], mean: float, error: float) -> list[str]:
     against = min(sum(sides), len(sides) - sum(sides))
     if sides and LIMITS["against"].crossed(against / len(sides)):
         found.append(f"the detectors disagree: {sum(sides)} say fake, {len(sides) - sum(sides)} say real")
-    p, low, high = (sigmoid(mean + side * RANGE * error) for side in (0, -1, 1))
+    p, low, high = (float(expit(mean + side * RANGE * error)) for side in (0, -1, 1))
     if abs(mean) < decided:
         found.append(f"too near to even: P(fake) is {p:.2f}")
     elif low <= 0.5 <= high or math.isnan(error):
