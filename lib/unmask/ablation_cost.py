@@ -1,7 +1,7 @@
 """What the study's detectors cost, beside what they achieve on the home set, and which of them none beats for less."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from matplotlib.axes import Axes
 
 from unmask.ablation_rows import whole_numbers
-from unmask.contenders import Contender, gather, home
+from unmask.contenders import CONTENDERS, Contender, gather, home
 from unmask.data.manifest import read_manifest
 from unmask.detectors import base
 from unmask.evaluation import join
@@ -36,44 +36,42 @@ class Costed:
     before: tuple[str, ...] = ()
 
 
+_KNOWN = {contender.name: contender for contender in CONTENDERS}
+
+
 def _clip(name: str, label: str, note: str = "") -> Costed:
     folder = f"clip/checkpoints/{name.replace(':', '-')}-{{seed}}"
     return Costed(Contender(label, "07_clip_prompts", "clip", name, checkpoint=folder), note)
 
 
-def _head(name: str, label: str) -> Costed:
-    folder = f"checkpoints/{name}-{{seed}}"
-    below = ("checkpoints/convnext-{seed}",)
-    return Costed(Contender(label, "06_temporal", "temporal", name, "in order", checkpoint=folder), before=below)
+def _head(name: str) -> Costed:
+    return Costed(_KNOWN[name], before=(_KNOWN["ConvNeXt, self-blends"].checkpoint,))
 
 
-def _adapter(name: str, label: str, stage: int) -> Costed:
-    *before, folder = (f"checkpoints/d2st/{name}-{k}-{{seed}}" for k in range(1, stage + 1))
-    contender = Contender(label, "08_clip_d2st", "clip_d2st", f"{name}, stage {stage}", "clip", checkpoint=folder)
-    return Costed(contender, before=tuple(before))
-
-
-_BLIND = Contender("without labels", "03_unsupervised", "unsupervised", "unsupervised", "final", False,
-                   "unsupervised/stage3-{seed}")  # fmt: skip
-_PLAIN = Contender("ConvNeXt, self-blends", "05_convnext", "convnext", "convnext", "sbi", False,
-                   "checkpoints/convnext-{seed}")  # fmt: skip
+_ST = Contender(
+    "CLIP + ST-Adapter", "08_clip_d2st", "clip_d2st", "st-adapter, stage 2", "clip",
+    checkpoint="checkpoints/d2st/st-adapter-2-{seed}",
+)  # fmt: skip
 COSTED = (
-    Costed(_BLIND, "the network alone, without fingerprints", ("unsupervised/stage2-{seed}",)),
-    Costed(_PLAIN),
-    _head("mean", "mean over frames"),
-    _head("gru", "GRU"),
-    _head("transformer", "Transformer"),
-    _clip("ufd", "CLIP, linear probe"),
+    Costed(
+        replace(_KNOWN["unsupervised"], checkpoint="unsupervised/stage3-{seed}"),
+        "the network alone, without fingerprints", ("unsupervised/stage2-{seed}",),
+    ),
+    Costed(_KNOWN["ConvNeXt, self-blends"]),
+    _head("mean over frames"),
+    _head("GRU"),
+    _head("Transformer"),
+    Costed(_KNOWN["CLIP, linear probe"]),
     _clip("clip-adapter", "CLIP, adapter on features"),
-    _clip("lntune", "CLIP, LayerNorm"),
-    _clip("coop", "CLIP, CoOp"),
-    _clip("cocoop", "CLIP, CoCoOp"),
+    Costed(_KNOWN["CLIP, LayerNorm"]),
+    Costed(_KNOWN["CLIP, CoOp"]),
+    Costed(_KNOWN["CLIP, CoCoOp"]),
     _clip("clip-finetune", "CLIP, fine-tuned"),
     _clip("clip-lare:F2c", "CLIP + LaRE, F2c", "without the diffusion model"),
     _clip("clip-lare:F4c", "CLIP + LaRE, F4c", "without the diffusion model"),
-    _adapter("st-adapter", "CLIP + ST-Adapter", 2),
-    _adapter("d2st", "CLIP + D2ST", 3),
-)
+    Costed(_ST, before=("checkpoints/d2st/st-adapter-1-{seed}",)),
+    Costed(_KNOWN["CLIP + D2ST"], before=tuple(f"checkpoints/d2st/d2st-{k}-{{seed}}" for k in (1, 2))),
+)  # fmt: skip
 
 
 def table(study: Study, costed: tuple[Costed, ...] = COSTED) -> pd.DataFrame:
