@@ -24,6 +24,7 @@ for chapter in plan["chapters"]:
             needs=chapter["needs"],
         output:
             chapter["results"],
+        priority: chapter["priority"]
         params:
             work=plan["work"],
             # Settings, sources and everything upstream, by content: also what the finished results are marked with.

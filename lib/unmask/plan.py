@@ -124,6 +124,9 @@ def make_plan(profile: Profile, chapters: Sequence[Chapter], root: Path) -> dict
             "results": str(work / "results" / f"{chapter.stem}.json"),
             "fingerprint": digest(made_from),
         }
+    for chapter in reversed(chapters):  # what most others wait for goes first
+        waiting = [steps[other.stem]["priority"] for other in chapters if chapter.stem in other.needs]
+        steps[chapter.stem]["priority"] = 1 + max(waiting, default=0)
     report_sources = [str(path.relative_to(root)) for path in import_closure(["unmask.report"], root / "lib")]
     return {
         "run": profile.run,
