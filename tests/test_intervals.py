@@ -6,7 +6,7 @@ from scipy.stats import norm
 from scipy.stats import t as student
 from sklearn.metrics import roc_auc_score
 
-from unmask import evaluation
+from unmask import evaluation, intervals
 from unmask.intervals import auc_difference, auc_interval, delong, holm, paired_p
 
 SETS = 500
@@ -268,3 +268,21 @@ def test_a_false_alarm_at_five_percent_is_one_in_twenty():
     )
     assert all(0.03 <= n / SETS <= 0.07 for n in alarms.values()), alarms
     assert few / SETS <= 0.07, "two groups that happen not to vary are no proof"
+
+
+@pytest.mark.parametrize("cells", [1, 100, 2**22])
+def test_how_many_draws_are_made_at_a_time_changes_nothing(monkeypatch, cells):
+    rng = np.random.default_rng(3)
+    labels, groups = rng.integers(0, 2, 60), rng.integers(0, 12, 60)
+    scores, others = (rng.random((60, 2)).round(1) + 0.2 * labels[:, None] for _ in range(2))
+    whole = auc_interval(labels, scores, groups, draws=50), auc_difference(labels, scores, others, groups, draws=50)
+    monkeypatch.setattr(intervals, "CELLS", cells)
+    assert auc_interval(labels, scores, groups, draws=50) == whole[0], "to the last bit"
+    assert auc_difference(labels, scores, others, groups, draws=50) == whole[1]
+
+
+def test_groups_are_told_apart_as_text():
+    labels, scores = [0, 1, 0, 1, 0, 1], [0.2, 0.9, 0.4, 0.3, 0.1, 0.8]
+    as_text = auc_interval(labels, scores, ["1", "1", "2", "2", "10", "10"], draws=40)
+    assert auc_interval(labels, scores, [1, 1, 2, 2, 10, 10], draws=40) == as_text
+    assert auc_interval(labels, scores, np.array([1, "1", 2, "2", 10, 10], object), draws=40) == as_text

@@ -10,57 +10,37 @@ Found by simulation, 500 data sets each: see `auc_interval`."""
 from collections.abc import Callable
 
 import numpy as np
+import pandas as pd
 from scipy.optimize import brentq
 from scipy.special import expit, logit
 from scipy.stats import norm, rankdata
 from scipy.stats import t as student
 
 NOTHING = (float("nan"),) * 3
-ROWS = 200  # draws at a time, which bounds the memory at some ROWS x N
+CELLS = 2**22  # draws times items at a time, which bounds the memory
 STILL = 1e-7  # a standard error below this is rounding: the groups do not vary, though others of their kind would
 
 
 class _Items:
-    """Which items are fake, and which group they belong to; counts[D,G] say how often a group was drawn."""
+    """Which items are fake, and which group they belong to; counts int[D,G] say how often a group was drawn."""
 
     def __init__(self, labels, groups):
         self.fake = np.asarray(labels) == 1
-        _, self.group = np.unique(np.asarray(groups).astype(str), return_inverse=True)
+        codes, names = pd.factorize(np.asarray(groups), use_na_sentinel=False)
+        self.group = np.unique(names.astype(str), return_inverse=True)[1][codes]
         self.groups = int(self.group.max()) + 1
-        self.order = np.argsort(self.group, kind="stable")
-        self.starts = np.searchsorted(self.group[self.order], np.arange(self.groups))
         sizes = [np.bincount(self.group[kind], minlength=self.groups) for kind in (self.fake, ~self.fake)]
         self.sizes = np.stack(sizes)  # fakes and reals of each group
         self.units = (self.sizes > 0).sum(1)  # groups with fakes, and with reals
-        self.once = np.ones((1, self.groups))
+        self.once = np.ones((1, self.groups), int)
 
-    def by_group(self, values: np.ndarray) -> np.ndarray:
-        """Sums over the items of each group: [D,N] to [D,G]."""
-        return np.add.reduceat(values[:, self.order], self.starts, axis=1)
+    def ranked(self, scores: np.ndarray) -> list["_Ranked"]:
+        """The columns of scores[N,S], each sorted once for all draws."""
+        return [_Ranked(self, column) for column in scores.T]
 
-    def auc(self, scores: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """AUC[D] for scores[N] (ties count half), and what each group's fakes and reals add to it: [2,D,G].
-
-        The additions are those of one copy of the group, taken from the mean: with `counts` they sum to 0. NaN where a
-        draw lacks a class.
-        """
-        values, place = np.unique(scores, return_inverse=True)
-        order = np.argsort(place, kind="stable")
-        starts = np.searchsorted(place[order], np.arange(len(values)))
-        weights = counts[:, self.group].astype(float)
-        fakes, reals = (np.add.reduceat((weights * k)[:, order], starts, axis=1) for k in (self.fake, ~self.fake))
-        n_fake, n_real = fakes.sum(1, keepdims=True), reals.sum(1, keepdims=True)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            below = (np.cumsum(reals, 1) - reals / 2) / n_real
-            above = 1 - (np.cumsum(fakes, 1) - fakes / 2) / n_fake
-            auc = (fakes * below).sum(1, keepdims=True) / n_fake
-            added = np.where(self.fake, below[:, place], above[:, place]) - auc
-            parts = self.by_group(added * self.fake) / n_fake, self.by_group(added * ~self.fake) / n_real
-        return auc[:, 0], np.stack(parts)
-
-    def mean_auc(self, scores: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`auc` of the mean over the columns of scores[N,S]."""
-        found = [self.auc(column, counts) for column in scores.T]
+    def mean_auc(self, ranked: list["_Ranked"], counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """AUC[D], the mean over columns, and what each group's fakes and reals add to it: see `_Ranked.auc`."""
+        found = [column.auc(counts) for column in ranked]
         return np.mean([auc for auc, _ in found], axis=0), np.mean([parts for _, parts in found], axis=0)
 
     def variance(self, parts: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -81,13 +61,58 @@ class _Items:
     def drawn(self, statistic: Callable, draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """statistic(counts) -> (value[D], parts) for groups drawn with replacement: values and variances, no NaN."""
         rng, values, variances = np.random.default_rng(seed), [], []
-        for start in range(0, draws, ROWS):
-            counts = rng.multinomial(self.groups, np.full(self.groups, 1 / self.groups), size=min(ROWS, draws - start))
+        rows, chance = max(CELLS // len(self.group), 1), np.full(self.groups, 1 / self.groups)
+        for start in range(0, draws, rows):
+            counts = rng.multinomial(self.groups, chance, size=min(rows, draws - start))
             value, parts = statistic(counts)
             values.append(value)
             variances.append(self.variance(parts, counts))
         values, variances = np.concatenate(values), np.concatenate(variances)
         return values[~np.isnan(values)], variances[~np.isnan(values)]
+
+
+class _Ranked:
+    """Scores float[N] of items, sorted: the AUC of any draw of groups is then a matter of counting.
+
+    Everything is counted in whole numbers, so that the AUC does not depend on how many draws are made at a time.
+    """
+
+    def __init__(self, items: _Items, scores: np.ndarray):
+        self.sizes, self.sides = items.sizes, []
+        for own, other in ((items.fake, ~items.fake), (~items.fake, items.fake)):
+            by_group = np.argsort(items.group[own], kind="stable")
+            order = np.argsort(scores[other], kind="stable")
+            sorted_others, theirs = items.group[other][order], scores[other][order]
+            between = [np.searchsorted(theirs, scores[own][by_group], side) for side in ("left", "right")]
+            has = np.flatnonzero(np.bincount(items.group[own], minlength=items.groups))
+            starts = np.searchsorted(items.group[own][by_group], has)
+            self.sides.append((sorted_others, between, has, starts))
+
+    def _passed(self, side: int, counts: np.ndarray) -> np.ndarray:
+        """Items of the other class that score less, a tie a half, counted double: sums by group, int[D,G]."""
+        sorted_others, (left, right), has, starts = self.sides[side]
+        below = np.zeros((len(counts), len(sorted_others) + 1), np.int64)
+        np.cumsum(np.take(counts, sorted_others, axis=1), axis=1, out=below[:, 1:])
+        sums = np.zeros(counts.shape, np.int64)
+        if len(has):
+            passed = np.take(below, left, axis=1)
+            passed += np.take(below, right, axis=1)
+            sums[:, has] = np.add.reduceat(passed, starts, axis=1)
+        return sums
+
+    def auc(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """AUC[D] (ties count half), and what each group's fakes and reals add to it: [2,D,G].
+
+        The additions are those of one copy of the group, taken from the mean: with `counts` they sum to 0. NaN where a
+        draw lacks a class.
+        """
+        fakes, reals = (self._passed(side, counts) for side in (0, 1))
+        n_fake, n_real = ((counts * size).sum(1, keepdims=True) for size in self.sizes)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            auc = (counts * fakes).sum(1, keepdims=True) / (2 * n_fake * n_real)
+            added = (fakes / (2 * n_real) - self.sizes[0] * auc) / n_fake
+            missed = (self.sizes[1] * (1 - auc) - reals / (2 * n_fake)) / n_real
+        return auc[:, 0], np.stack([added, missed])
 
 
 def _columns(scores) -> np.ndarray:
@@ -132,7 +157,7 @@ def _few_apart(items: _Items, scores: np.ndarray, others: np.ndarray, reach: flo
     """
     units, found = items.units, []
     for columns in (scores, others):
-        auc = float(items.mean_auc(columns, items.once)[0][0])
+        auc = float(items.mean_auc(items.ranked(columns), items.once)[0][0])
         found.append((auc, *((auc, auc) if _constant(columns) else _few_pairs(auc, units, reach))))
     (one, low, high), (other, least, most) = found
     value, down, up = one - other, np.hypot(one - low, most - other), np.hypot(high - one, other - least)
@@ -169,7 +194,8 @@ def auc_interval(
     if len(labels) == 0:
         return NOTHING
     items = _Items(labels, groups)
-    (value,), parts = items.mean_auc(scores, items.once)
+    ranked = items.ranked(scores)
+    (value,), parts = items.mean_auc(ranked, items.once)
     value = float(value)
     if items.groups < 2 or np.isnan(value):
         return value, float("nan"), float("nan")
@@ -179,7 +205,7 @@ def auc_interval(
     half = 0.5 / items.sizes.sum(1).prod()  # of a pair
     if min(units) < 2 or error < STILL or not half < value < 1 - half:
         return value, *_few_pairs(value, units, _few_reach(units, level))
-    aucs, variances = items.drawn(lambda counts: items.mean_auc(scores, counts), draws, seed)
+    aucs, variances = items.drawn(lambda counts: items.mean_auc(ranked, counts), draws, seed)
     inside = np.clip(aucs, half, 1 - half)
     slope = value * (1 - value)
     sure = (aucs <= half) | (aucs >= 1 - half) | (variances <= 1e-14)
@@ -203,7 +229,8 @@ def auc_difference(
     if len(labels) == 0:
         return NOTHING
     items = _Items(labels, groups)
-    (value,), parts = _contrast(items, scores, others)(items.once)
+    contrast = _contrast(items, scores, others)
+    (value,), parts = contrast(items.once)
     value = float(value)
     if items.groups < 2 or np.isnan(value):
         return value, float("nan"), float("nan")
@@ -212,7 +239,7 @@ def auc_difference(
     error, units = float(np.sqrt(items.variance(parts, items.once)[0])), items.units
     if min(units) < 2 or error < STILL:
         return value, *_few_apart(items, scores, others, _few_reach(units, level))
-    gains, variances = items.drawn(_contrast(items, scores, others), draws, seed)
+    gains, variances = items.drawn(contrast, draws, seed)
     pivots = np.abs(gains - value) / np.maximum(np.sqrt(variances), 0.25 * error + 1e-12)
     least = student.ppf((1 + level) / 2, items.freedom(parts))
     reach = error * float(np.quantile(pivots, level) if len(pivots) else least)
@@ -222,8 +249,10 @@ def auc_difference(
 def _contrast(items: _Items, scores: np.ndarray, others: np.ndarray) -> Callable:
     """counts -> AUC of scores minus AUC of others, and its parts by group."""
 
+    one_ranked, other_ranked = items.ranked(scores), items.ranked(others)
+
     def statistic(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        (one, parts), (other, minus) = items.mean_auc(scores, counts), items.mean_auc(others, counts)
+        (one, parts), (other, minus) = items.mean_auc(one_ranked, counts), items.mean_auc(other_ranked, counts)
         return one - other, parts - minus
 
     return statistic
