@@ -21,6 +21,11 @@ def shared_data() -> Path:
     return SHARED / "data"
 
 
+def pytest_collection_modifyitems(items):
+    # The whole tiny study takes longest: first, and the other files beside it.
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+
+
 def moving_frames(count: int = 24, height: int = 96, width: int = 128, squares: int = 1) -> np.ndarray:
     """Frames uint8[T,H,W,3]: a smooth coloured background, white squares that drift, brightness that tells time."""
     y, x = np.mgrid[:height, :width]

@@ -38,7 +38,8 @@ def draw():
 
 def test_figure_leaves_picture_print_and_numbers(study):
     study.manifest_hash = "abc"
-    save_figure(study, "05_roc", draw(), "ROC.", {"auc": np.float64(0.5)})
+    figure = draw()
+    save_figure(study, "05_roc", figure, "ROC.", {"auc": np.float64(0.5)})
     assert (study.figures / "05_roc.png").read_bytes().startswith(b"\x89PNG")
     assert (study.figures / "05_roc.pdf").read_bytes().startswith(b"%PDF")
     record = json.loads((study.figures / "05_roc.json").read_text())
@@ -46,7 +47,7 @@ def test_figure_leaves_picture_print_and_numbers(study):
     assert record["caption"] == "ROC. Synthetic world."
     assert record["seeds"] == [0] and record["profile"] == "demo" and "commit" in record and "versions" in record
     assert record["command"] == "./run_all.sh --only figure:05_roc" and record["n"] is None
-    assert study.saved == ["05_roc.png"] and not plt.get_fignums()
+    assert study.saved == ["05_roc.png"] and not plt.fignum_exists(figure.number)
 
 
 def test_record_says_how_many_from_where_and_which_command(tmp_path):
