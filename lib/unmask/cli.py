@@ -1,10 +1,12 @@
 """The command line: `unmask COMMAND`; `unmask --help` lists the commands."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from unmask import cli_help, plugins
 from unmask.profile import Profile, ProfileError, load_profile, parse_changes
 
 # What `unmask train` takes; kept here too, so that the parser needs no PyTorch.
@@ -23,6 +25,20 @@ def doctor(options: argparse.Namespace) -> int:
     from unmask.doctor import main
 
     return main(options.profile)
+
+
+def fetch(options: argparse.Namespace) -> int:
+    from unmask import downloads
+    from unmask.profile import models_folder
+
+    if options.name:
+        print(downloads.fetch(options.name))
+        return 0
+    for name, entry in downloads.CATALOGUE.items():
+        place = "here" if (models_folder() / entry.file).is_file() else "not here"
+        print(f"{name:<18} {entry.about}: {entry.file}, {place}")
+    print(f"They go to {models_folder()}.")
+    return 0
 
 
 def world(options: argparse.Namespace) -> int:
@@ -45,7 +61,8 @@ def index(options: argparse.Namespace) -> int:
     from unmask.data.datasets import index
     from unmask.data.manifest import leakage, summary, write_manifest
 
-    df, notes = index(options.root, options.layout, options.seed)
+    given = dict(text.partition("=")[::2] for text in options.option)
+    df, notes = index(options.root, options.layout, options.seed, **given)
     write_manifest(df, options.out)
     print(summary(df).to_string(), *notes, sep="\n")
     overlap = leakage(df)
@@ -211,7 +228,7 @@ def export(options: argparse.Namespace) -> int:
     print(f"Exported: {export(options.checkpoint, options.format, options.out, options.frames)}")
     if not options.verify:
         return 0
-    table = verify(options.checkpoint, options.out, options.clips)
+    table = verify(options.checkpoint, options.out, options.clips, own=True)  # it was written just now
     worst = table["difference"].max(skipna=False)
     close = worst <= TOLERANCE  # not so for what is no number
     print(table.to_string(index=False))
@@ -252,6 +269,12 @@ def table(options: argparse.Namespace) -> int:
     return 0
 
 
+def completion(options: argparse.Namespace) -> int:
+    kinds = [f"{LARE}{kind}" for kind in ("F0", "F1", "F2c", "F2s", "F3c", "F3s", "F4c", "F5a", "F5b", "F5c")]
+    print(cli_help.completion_script(build_parser(), options.shell, [*VARIANTS, *HEADS, *CLIPS, *ADAPTED, *kinds]))
+    return 0
+
+
 def _shard(text: str) -> tuple[int, int]:
     number, _, of = text.partition("/")
     if not (number.isdigit() and of.isdigit() and int(number) < int(of)):
@@ -260,10 +283,19 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _detector(text: str) -> str:
-    if text not in (*VARIANTS, *HEADS, *CLIPS, *ADAPTED) and not text.startswith(LARE):
+    known = (*VARIANTS, *HEADS, *CLIPS, *ADAPTED)
+    # Files of your own are read by the training, which says what they have; the parser needs no PyTorch.
+    if text not in known and not text.startswith(LARE) and plugins.VARIABLE not in os.environ:
         raise argparse.ArgumentTypeError(
-            f"there is no {text!r}; known are {', '.join((*VARIANTS, *HEADS, *CLIPS, *ADAPTED))} and {LARE}KIND"
+            f"there is no detector {text!r}{cli_help.nearest(text, known)}; known are {', '.join(known)}, {LARE}KIND, "
+            f"and those of your own whose file {plugins.VARIABLE} names"
         )
+    return text
+
+
+def _key_value(text: str) -> str:
+    if not text.partition("=")[0].isidentifier() or "=" not in text:
+        raise argparse.ArgumentTypeError(f"an option of a layout is KEY=VALUE, such as compression=c40, not {text!r}")
     return text
 
 
@@ -274,9 +306,11 @@ def _positive(text: str) -> int:
 
 
 def _export_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("checkpoint", metavar="CKPT_DIR")
-    sub.add_argument("--format", required=True, choices=["pt2", "onnx", "torchscript"])
-    sub.add_argument("--out", required=True, metavar="FILE")
+    sub.add_argument("checkpoint", metavar="CKPT_DIR", help="the folder that `unmask train` left")
+    sub.add_argument(
+        "--format", required=True, choices=["pt2", "onnx", "torchscript"], help="`unmask score` reads onnx"
+    )
+    sub.add_argument("--out", required=True, metavar="FILE", help="the file to write")
     sub.add_argument("--frames", type=_positive, help="frames of a clip (default: the detector's)")
     sub.add_argument("--verify", action="store_true", help="compare with the checkpoint; exit code 1 if not close")
     sub.add_argument("--clips", metavar="DIR", help="for --verify: crops of `unmask preprocess` to compare on as well")
@@ -284,55 +318,77 @@ def _export_options(sub: argparse.ArgumentParser) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    parser = argparse.ArgumentParser(prog="unmask", description="A reproducible study kit for deepfake detection.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser = cli_help.Parser(prog="unmask", description="A reproducible study kit for deepfake detection.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", help=argparse.SUPPRESS)
 
     def command(function, help_text: str, settings: bool = True) -> argparse.ArgumentParser:
-        sub = commands.add_parser(function.__name__, help=help_text, description=help_text, allow_abbrev=False)
+        name = function.__name__
+        example = f"example:\n  {cli_help.EXAMPLES[name]}" if name in cli_help.EXAMPLES else None
+        sub = commands.add_parser(name, help=help_text, description=help_text, epilog=example)
         sub.set_defaults(run=function)
         if settings:
-            sub.add_argument("--profile", default="demo", help="profile that gives the settings (default demo)")
+            sub.add_argument("--profile", default="demo", help="whose settings: a name in profiles/ or a file")
             sub.add_argument(
-                "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the profile"
-            )
+                "--set", action="append", default=[], metavar="KEY=VALUE",
+                help="change a key of the profile, such as train.epochs=2; may be given several times",
+            )  # fmt: skip
         return sub
 
     sub = command(doctor, "Say what is installed and what is missing, with the command that mends it.", settings=False)
-    sub.add_argument("--profile", default="demo")
+    sub.add_argument("--profile", default="demo", help="whose needs: a name in profiles/ or a file")
+    sub = command(completion, "Print the completion script of a shell.", settings=False)
+    sub.add_argument("shell", choices=["bash", "zsh", "fish"], metavar="SHELL", help="bash, zsh or fish")
+    sub = command(
+        fetch, "Download published weights, checked against their sha256; without a name, list them.", settings=False
+    )
+    sub.add_argument("name", metavar="NAME", nargs="?", help="such as yunet or clip-vit-l-14")
     sub = command(world, "Generate the synthetic world.")
-    sub.add_argument("out", metavar="OUT")
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--workers", type=_positive, help="processes")
+    sub.add_argument("out", metavar="OUT", help="the folder; what an interrupted run left there is gone on with")
+    sub.add_argument("--seed", type=int, default=0, help="another seed is another world")
+    sub.add_argument("--workers", type=_positive, help="processes (default: the profile's)")
     sub.add_argument(
         "--layout",
         choices=["ffpp", "celebdf2", "dfdc", "df40"],
         help="also write it under a data set's official names, in OUT/LAYOUT",
     )
     sub = command(index, "Make a manifest of a data set.", settings=False)
-    sub.add_argument("root", metavar="ROOT")
+    sub.add_argument("root", metavar="ROOT", help="the data set's folder, which is only read")
     sub.add_argument(
         "--layout",
         required=True,
-        help="folder, ffpp, dfd, celebdf1, celebdf2, uadfv, dfdc, dfdc-preview, deeperforensics, ffiw, df40, world",
+        help="folder (your own media), ffpp, dfd, celebdf1, celebdf2, uadfv, dfdc, dfdc-preview, deeperforensics, "
+        "ffiw, df40, world; docs/datasets has a page on each",
     )
-    sub.add_argument("--out", required=True, metavar="MANIFEST")
+    sub.add_argument("--out", required=True, metavar="MANIFEST", help="the table to write (Parquet)")
     sub.add_argument("--seed", type=int, default=0, help="of the split, where the data set has none")
+    sub.add_argument(
+        "--option", action="append", default=[], type=_key_value, metavar="KEY=VALUE",
+        help="of the layout: compression=raw|c23|c40 (ffpp, dfd, deeperforensics), ffpp_root=DIR (deeperforensics)",
+    )  # fmt: skip
     sub = command(preprocess, "Decode, find faces, cut crops; one row per item, failures too.")
-    sub.add_argument("manifest", metavar="MANIFEST")
-    sub.add_argument("out", metavar="OUT")
-    sub.add_argument("--locator", choices=["annotations", "yunet", "uniface", "haar"])
-    sub.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="do every N-th item from the I-th on")
-    sub.add_argument("--workers", type=_positive, help="processes")
+    sub.add_argument("manifest", metavar="MANIFEST", help="the table that `unmask index` or `unmask world` left")
+    sub.add_argument("out", metavar="OUT", help="the folder of the crops; what is there already is not done again")
+    sub.add_argument(
+        "--locator", choices=["annotations", "yunet", "uniface", "haar"],
+        help="what finds the faces: annotations (of the world), yunet, uniface or haar (default: the profile's)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--shard", type=_shard, default=(0, 1), metavar="I/N",
+        help="do every N-th item from the I-th on; the last shard to end joins all (default: everything)",
+    )  # fmt: skip
+    sub.add_argument("--workers", type=_positive, help="processes (default: the profile's)")
     sub = command(
         cluster, "Group pictures and videos by the camera that took them; how many cameras need not be known."
     )
-    sub.add_argument("media", metavar="MANIFEST_OR_FOLDER")
+    sub.add_argument("media", metavar="MANIFEST_OR_FOLDER", help="what to group")
     sub.add_argument("--out", required=True, metavar="CLUSTERS.csv", help="path,cluster; -1 is unattributed")
     sub.add_argument("--crop", type=_positive, help="pixels of the frame's centre (default: the profile's)")
     sub.add_argument("--frames", type=_positive, help="frames per video (default: the profile's)")
-    sub.add_argument("--method", choices=["linkage", "spectral", "consensus"])
+    sub.add_argument(
+        "--method", choices=["linkage", "spectral", "consensus"], help="of clustering (default: the profile's)"
+    )
     sub.add_argument("--crops", metavar="DIR", help="the folder that `unmask preprocess` filled, to leave faces out")
-    sub.add_argument("--workers", type=_positive, help="processes")
+    sub.add_argument("--workers", type=_positive, help="processes (default: the profile's)")
     sub = command(unsupervised, "Detection without labels, stage by stage; the stages share the folder --out.")
     sub.add_argument(
         "--stage", type=int, required=True, choices=[1, 2, 3, 4],
@@ -343,9 +399,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--crops", metavar="DIR", help="stages 1 to 3: the folder that `unmask preprocess` filled")
     sub.add_argument("--media", nargs="+", metavar="MEDIA", help="stage 4: files or folders")
     sub.add_argument("--scores", metavar="VERDICTS.csv", help="stage 4: the table to write")
-    sub.add_argument("--locator", choices=["yunet", "uniface", "haar"], help="stage 4")
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--workers", type=_positive, help="processes")
+    sub.add_argument(
+        "--locator", choices=["yunet", "uniface", "haar"],
+        help="stage 4: what finds the faces (default: yunet if its weights are here, else haar)",
+    )  # fmt: skip
+    sub.add_argument("--seed", type=int, default=0, help="of the trainings")
+    sub.add_argument("--workers", type=_positive, help="processes (default: the profile's)")
     sub = command(train, "Train a detector.")
     sub.add_argument(
         "detector", type=_detector, metavar="DETECTOR",
@@ -360,12 +419,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--stage", type=int, choices=(1, 2, 3), help=f"for {', '.join(ADAPTED)}: images, clips, both")
     sub.add_argument("--init", metavar="CKPT_DIR", help="for stages 2 and 3: the checkpoint of the stage before")
     sub.add_argument("--lare", metavar="DIR", help=f"for {LARE}KIND: the folder that `unmask lare --crops` filled")
-    sub.add_argument("--manifest", required=True)
-    sub.add_argument("--crops", required=True, help="the folder that `unmask preprocess` filled")
-    sub.add_argument("--out", required=True, metavar="CKPT_DIR")
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--manifest", required=True, help="the media; their train and validation splits are used")
+    sub.add_argument("--crops", required=True, metavar="DIR", help="the folder that `unmask preprocess` filled")
+    sub.add_argument("--out", required=True, metavar="CKPT_DIR", help="the checkpoint; an interrupted training goes on")
+    sub.add_argument("--seed", type=int, default=0, help="of the training")
     sub = command(score, "Score videos, images or folders with a checkpoint.", settings=False)
-    sub.add_argument("media", nargs="+", metavar="MEDIA")
+    sub.add_argument("media", nargs="+", metavar="MEDIA", help="files or folders")
     sub.add_argument(
         "--checkpoint", action="append", default=[], metavar="CKPT",
         help="folder, or file of `unmask export` in ONNX; with --explain folders alone, and as many as you like",
@@ -375,34 +434,35 @@ def build_parser() -> argparse.ArgumentParser:
         "--explain", action="store_true", help="verdicts with their reasons: a page for each medium, by a panel"
     )
     sub.add_argument("--panel", metavar="PANEL.json", help="for --explain (default: the one that the study left)")
-    sub.add_argument("--profile", default="demo", help="for --explain: whose study's panel (default demo)")
+    sub.add_argument("--profile", default="demo", help="for --explain: whose study's panel")
     sub.add_argument(
         "--locator", choices=["yunet", "uniface", "haar"], help="default: yunet if its weights are here, else haar"
     )
     sub.add_argument("--model", metavar="DIR", help="for a detector that reads LaRE maps: the diffusion model's folder")
-    sub.add_argument("--workers", type=_positive, help="processes")
+    sub.add_argument("--workers", type=_positive, help="processes (default 1)")
     sub = command(panel, "Calibrate detectors on validation media, to judge together (`unmask score --explain`).")
-    sub.add_argument("checkpoints", nargs="+", metavar="CKPT_DIR")
+    sub.add_argument("checkpoints", nargs="+", metavar="CKPT_DIR", help="folders that `unmask train` left")
     sub.add_argument("--manifest", required=True, help="its validation split calibrates")
     sub.add_argument("--crops", required=True, nargs="+", metavar="DIR", help="crops as each checkpoint asks for")
-    sub.add_argument("--out", required=True, metavar="PANEL.json")
+    sub.add_argument("--out", required=True, metavar="PANEL.json", help="the file to write")
     _export_options(command(export, "Write a detector into one file that runs without the kit.", settings=False))
     sub = command(lare, "Make maps of the latent reconstruction error (LaRE) of a Stable Diffusion.")
-    sub.add_argument("manifest", metavar="MANIFEST")
+    sub.add_argument("manifest", metavar="MANIFEST", help="the media, or those of --crops")
     sub.add_argument(
         "--settings", required=True, metavar="NAME", help="sd15-t200-e4-256, sd21-t280-e8-512, demo-t200-e4-128"
     )
     sub.add_argument("--out", required=True, metavar="DIR", help="where the maps and their index go")
     sub.add_argument("--crops", metavar="DIR", help="of the crops that `unmask preprocess` left, not of whole frames")
     sub.add_argument("--model", metavar="DIR", help="a folder with the diffusion model, instead of the settings' own")
-    sub.add_argument("--batch", type=_positive, default=8, help="pictures at a time (default 8)")
+    sub.add_argument("--batch", type=_positive, default=8, help="pictures at a time")
     sub = command(evaluate, "Make the result table from scores and a manifest.")
     sub.add_argument("scores", metavar="SCORES", help="score table (Parquet), or the CSV that `unmask score` wrote")
-    sub.add_argument("manifest", metavar="MANIFEST")
-    sub.add_argument("--out", required=True, metavar="TABLE.csv")
+    sub.add_argument("manifest", metavar="MANIFEST", help="of the same media: their labels, splits and groups")
+    sub.add_argument("--out", required=True, metavar="TABLE.csv", help="the table to write")
     sub = command(table, "Make a table of chapter 10 anew from what the chapters of a study left.", settings=False)
     sub.add_argument("name", metavar="NAME", help="ablation_unsupervised, ablation_sbi, ...; an unknown one lists all")
-    sub.add_argument("--profile", default="demo", help="of the study (default demo), or its data/work/RUN/profile.yaml")
+    sub.add_argument("--profile", default="demo", help="of the study, or its data/work/RUN/profile.yaml")
+    parser.usage, parser.epilog = "unmask [-h] COMMAND ...", cli_help.overview(commands)
     return parser
 
 
@@ -413,7 +473,8 @@ def _expected_errors() -> tuple[type[Exception], ...]:
         "unmask.data.manifest": "ManifestError", "unmask.data.faces": "LocatorError", "unmask.data.crops": "CropError",
         "unmask.training": "TrainingError", "unmask.detectors.base": "CheckpointError",
         "unmask.evaluation": "ScoreError", "unmask.fingerprints": "FingerprintError", "unmask.lare": "LareError",
-        "unmask.export": "ExportError", "unmask.panel": "PanelError",
+        "unmask.export": "ExportError", "unmask.panel": "PanelError", "unmask.downloads": "DownloadError",
+        "unmask.detectors.clip_backbone": "BackboneError",
     }.items():  # fmt: skip
         if module in sys.modules:  # an error can only come from a module that was imported
             errors.append(getattr(sys.modules[module], name))

@@ -47,13 +47,27 @@ STATE = "last.pt"
 TIMES = "epochs.json"  # when each epoch ended, seconds since 1970; None where that is not known
 DIVERGED = "The loss is no longer a number; lower train.lr."
 
-# What `unmask train` knows by name: the detector, whose keys the profile has, and changes of these.
+# What `unmask train` knows by name: the detector, whose keys the profile has, and changes of these. Detectors of your
+# own (`unmask.plugins`) come to these.
 VARIANTS: dict[str, tuple[str, dict]] = {
     "convnext": ("convnext", {}),
     "convnext-fusion": ("convnext", {"fusion": "topdown"}),
     "convnext-frequency": ("convnext", {"join": "attention"}),
     "residual": ("residual", {}),
 }
+
+
+def variant(name: str) -> tuple[str, dict]:
+    """The detector of a variant and the changes of its keys. TrainingError for an unknown one."""
+    if name in VARIANTS:
+        return VARIANTS[name]
+    try:
+        own = base.registered(name)
+    except ValueError as error:
+        raise TrainingError(str(error)) from error
+    if own.__module__.startswith("unmask."):
+        raise TrainingError(f"{name} is not trained on pairs of frames; those that are: {', '.join(VARIANTS)}.")
+    return name, {}
 
 
 @dataclass(frozen=True)
@@ -105,12 +119,12 @@ def schedule(step: int, steps: int, warmup: float) -> float:
 def _loss(
     detector, forward, images: torch.Tensor, edges: torch.Tensor, boundary: float, flipped: torch.Tensor
 ) -> torch.Tensor:
-    """Cross-entropy of the label, plus `boundary` times that of the blending boundary."""
+    """Cross-entropy of the label, plus `boundary` times that of the blending boundary where the detector locates it."""
     labels = torch.tensor([0.0, 1.0], device=images.device).repeat(images.shape[0])
     labels = torch.where(flipped.repeat_interleave(2), 1 - labels, labels)
     logits, found = forward(detector.prepare(images.flatten(0, 1)))
     loss = F.binary_cross_entropy_with_logits(logits, labels)
-    if boundary:
+    if boundary and found is not None:
         loss = loss + boundary * F.binary_cross_entropy_with_logits(found, edges.flatten(0, 1))
     return loss
 
@@ -194,12 +208,12 @@ def train(
     out: str | os.PathLike,
     options: Options,
 ) -> Path:
-    """Train a variant of `VARIANTS` with `config`, leave the checkpoint of the best validation epoch in `out`; `out`.
+    """Train a `variant` with `config`, leave the checkpoint of the best validation epoch in `out`; `out`.
 
     Killed at any point, the same call goes on from the last whole epoch and ends with the same weights; finished and
     unchanged (options, crops that are used, source code), it returns at once. Raises TrainingError.
     """
-    kind, changes = VARIANTS[name]
+    kind, changes = variant(name)
     out, config = Path(out), dict(config) | changes
     splits = {split: _split_rows(index, manifest, split, options) for split in ("train", "val")}
     used = [fingerprint(rows) for split in splits.values() for rows in split]
@@ -385,9 +399,8 @@ def train_run(
     """`train_detector` for a `Run`."""
     given = {**profile.train, **run.options}
     options = Options(seed=run.seed, recipe=profile.sbi.recipe, shuffle=run.shuffle, **given)
-    if run.name not in VARIANTS:
-        raise TrainingError(f"There is no variant {run.name!r}; known are {', '.join(VARIANTS)}.")
-    config = {**profile[VARIANTS[run.name][0]], **run.config}
+    # A detector of your own has no keys in the profile: its constructor's defaults hold.
+    config = {**profile.get(variant(run.name)[0], {}), **run.config}
     return train(run.name, config, read_manifest(manifest), read_index(crops), CropStore(crops), out, options)
 
 

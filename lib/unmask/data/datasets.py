@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from unmask import plugins
 from unmask.data.adapters import celebdf, dfdc, dfdc_preview, ffiw, uadfv
 from unmask.data.adapters_ffpp import deeperforensics, df40, dfd, ffpp
 from unmask.data.manifest import DEFAULT_FRACTIONS, SPLITS, is_inside, read_manifest
@@ -132,12 +133,29 @@ LAYOUTS: dict[str, tuple[Callable[..., None], str]] = {
 }
 
 
+def register(name: str, expected: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator: make an adapter known as a layout; `expected` says what it looks for, for the messages.
+
+    An adapter takes a `Tree` (and options, by name, as texts) and adds the media that it finds below `tree.root`.
+    DatasetError for a name that is taken.
+    """
+
+    def add(adapter: Callable[..., None]) -> Callable[..., None]:
+        if name in LAYOUTS and LAYOUTS[name][0].__module__ != adapter.__module__:
+            raise DatasetError(f"The layout {name!r} is one of {LAYOUTS[name][0].__module__}; choose another name.")
+        LAYOUTS[name] = adapter, expected
+        return adapter
+
+    return add
+
+
 def index(
     root: Path | str, layout: str, seed: int = 0, dataset: str = "", **options: str | Path | None
 ) -> tuple[pd.DataFrame, list[str]]:
     """Manifest of the data set at `root`, and notes: sentences that name what is missing or odd, with counts.
 
-    layout: a key of LAYOUTS. dataset: name in the manifest; default the layout's, for "folder" the folder's.
+    layout: a key of LAYOUTS, or one that a file in UNMASK_PLUGINS registers. dataset: name in the manifest; default the
+    layout's, for "folder" the folder's.
     options: `compression` for ffpp, dfd and deeperforensics; `ffpp_root` for deeperforensics.
     Media are never opened: empty or broken files get a row like any other, and fail in later steps.
     The result does not depend on the order in which the disk lists files.
@@ -145,7 +163,12 @@ def index(
     """
     root = Path(root).absolute()
     if layout not in LAYOUTS:
-        raise DatasetError(f"There is no layout {layout!r}; choose one of {', '.join(LAYOUTS)}.")
+        plugins.load()
+    if layout not in LAYOUTS:
+        raise DatasetError(
+            f"There is no layout {layout!r}; choose one of {', '.join(LAYOUTS)}. One of your own is found if "
+            f"{plugins.VARIABLE} names its file."
+        )
     adapter, expected = LAYOUTS[layout]
     known = list(inspect.signature(adapter).parameters)[1:]
     unknown = sorted(set(options) - set(known))

@@ -14,9 +14,12 @@ from safetensors.torch import load, save
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from unmask import plugins
 from unmask.profile import write_atomic
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+# What the constructors of networks raise for a card that is not theirs.
+UNFIT = (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError, AssertionError)
 
 
 class CheckpointError(ValueError):
@@ -62,6 +65,11 @@ class Detector(nn.Module):
     def features(self, clips: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """The representation before the head, float[B,D]; arguments as in `forward`."""
         raise NotImplementedError
+
+    def with_boundary(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """For training: frames float[N,3,H,W] to logits float[N] and the logits of the blending boundary
+        float[N,H/8,W/8], None from a detector that does not locate it."""
+        return self(frames.unsqueeze(1)), None
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         """uint8[...,H,W,3] RGB to normalised float32[...,3,H,W]."""
@@ -109,9 +117,12 @@ _REGISTRY: dict[str, type[Detector]] = {}
 
 
 def register(name: str) -> Callable[[type[Detector]], type[Detector]]:
-    """Class decorator: make a detector known by name."""
+    """Class decorator: make a detector known by name. ValueError for a name that another module has taken."""
 
     def add(cls: type[Detector]) -> type[Detector]:
+        taken = _REGISTRY.get(name)
+        if taken and taken.__module__ != cls.__module__:
+            raise ValueError(f"The name '{name}' belongs to the detector of {taken.__module__}; choose another.")
         _REGISTRY[name] = cls
         cls.name = name
         return cls
@@ -125,9 +136,14 @@ def names() -> list[str]:
 
 
 def registered(name: str) -> type[Detector]:
-    """The class of a detector by name. ValueError for an unknown one."""
+    """The class of a detector by name, of the kit or of a file in UNMASK_PLUGINS. ValueError for an unknown one."""
     if name not in _REGISTRY:
-        raise ValueError(f"There is no detector '{name}'; known are {', '.join(names())}.")
+        plugins.load()
+    if name not in _REGISTRY:
+        raise ValueError(
+            f"There is no detector '{name}'; known are {', '.join(names())}. One of your own is found if "
+            f"{plugins.VARIABLE} names its file."
+        )
     return _REGISTRY[name]
 
 
@@ -164,7 +180,7 @@ def read_checkpoint(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
     try:
         card = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         weights = (folder / WEIGHTS).read_bytes()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{folder} is not a checkpoint: it needs {WEIGHTS} and {CONFIG}, as `unmask train` leaves them."
         ) from error
@@ -187,7 +203,7 @@ def load_checkpoint(folder: str | Path) -> tuple[Detector, dict]:
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in card["input"].items()}
         if InputSpec(**given) != detector.input_spec:
             raise ValueError("it was trained on crops of another size or normalisation.")
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except UNFIT as error:
         why = " ".join(str(error).split())[:200]  # torch lists every weight that does not fit, a line each
         raise CheckpointError(f"The checkpoint in {folder} does not fit this version of Unmask: {why}") from error
     return detector.eval(), card
