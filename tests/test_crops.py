@@ -73,7 +73,7 @@ def test_interrupted_at_any_item_gives_the_same_bytes(tmp_path, whole, stop, dam
             part.write_bytes(part.read_bytes() + b"\0" * 200_000)
     write(tmp_path / "out")
     assert digest(tmp_path / "out") == whole
-    assert collate(tmp_path / "out", 1)
+    assert collate(tmp_path / "out", 1) == []
     assert read_items(tmp_path / "out")["item_id"].tolist() == IDS
 
 
@@ -120,9 +120,9 @@ def test_complete_shard_is_left_alone_and_changes_are_redone(tmp_path, whole):
 
 def test_shards_together_hold_what_one_holds_in_manifest_order(tmp_path, whole):
     for i in (2, 0, 1):
-        assert not collate(tmp_path / "three", 3)
+        assert i in collate(tmp_path / "three", 3)
         write(tmp_path / "three", i, 3)
-    assert collate(tmp_path / "three", 3) and collate(tmp_path / "whole", 1)
+    assert collate(tmp_path / "three", 3) == [] and collate(tmp_path / "whole", 1) == []
     one, three = (read_index(tmp_path / name) for name in ("whole", "three"))
     columns = ["item_id", "frame", "pts", "x0", "sha256", "size"]
     pd.testing.assert_frame_equal(one[columns], three[columns])
@@ -211,5 +211,48 @@ def test_jpeg_is_4_4_4_at_quality_95():
 
 def test_empty_shard(tmp_path):
     write(tmp_path, 0, 1, keys=[])
-    assert collate(tmp_path, 1) and len(read_index(tmp_path)) == len(read_items(tmp_path)) == 0
+    assert collate(tmp_path, 1) == [] and len(read_index(tmp_path)) == len(read_items(tmp_path)) == 0
     assert json.loads(json.dumps(digest(tmp_path))) and os.listdir(tmp_path / "shards")
+
+
+def test_missing_shards_are_named(tmp_path):
+    (tmp_path / "settings.json").write_text(json.dumps({"shards": 3}))
+    write(tmp_path, 1, 3)
+    with pytest.raises(CropError, match=r"no crops\.parquet.*Shard 0/3, 2/3 is not complete\."):
+        read_index(tmp_path)
+
+
+def test_shards_of_another_manifest_are_not_merged(tmp_path):
+    """The manifest lost an item after shard 0 was made: everything after it moved to another shard."""
+    write(tmp_path, 0, 2)
+    fewer = KEYS[:3] + KEYS[4:]
+    write(tmp_path, 1, 2, keys=fewer)
+    ids = [key[0] for key in fewer]
+    assert collate(tmp_path, 2, ids) == [0] and not list(tmp_path.glob("*.parquet"))
+    write(tmp_path, 0, 2, keys=fewer)
+    assert collate(tmp_path, 2, ids) == [] and read_items(tmp_path)["item_id"].tolist() == ids
+    assert collate(tmp_path, 2, ids[:-1]) == [1], "one item too many"
+
+
+def test_a_shard_that_is_written_anew_takes_the_old_tables_away(tmp_path, whole):
+    collate(tmp_path / "whole", 1)
+    with CropWriter(tmp_path / "whole", 0, 1) as writer:
+        writer.resume(KEYS)
+        assert read_items(tmp_path / "whole")["item_id"].tolist() == IDS, "nothing was to be done"
+    with CropWriter(tmp_path / "whole", 0, 1) as writer:
+        writer.resume([(KEYS[0][0], "other file"), *KEYS[1:]])
+    with pytest.raises(CropError, match="to its end first"):
+        read_index(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("block", [1, 4, 1000])
+def test_an_index_merged_in_blocks_is_the_same(tmp_path, monkeypatch, block):
+    for i in range(2):
+        write(tmp_path, i, 2)
+    collate(tmp_path, 2)
+    index, items = read_index(tmp_path), read_items(tmp_path)
+    monkeypatch.setattr("unmask.data.crops.BLOCK", block)
+    monkeypatch.setattr("unmask.data.journals.SLAB", block)
+    collate(tmp_path, 2)
+    pd.testing.assert_frame_equal(read_index(tmp_path), index)
+    pd.testing.assert_frame_equal(read_items(tmp_path), items)

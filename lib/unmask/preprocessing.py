@@ -32,6 +32,7 @@ from unmask.data.crops import (
 )
 from unmask.data.faces import AnnotationLocator, FaceLocator, LocatorError, build_locator, landmarks_of, track
 from unmask.data.frames import check_sampling
+from unmask.data.journals import name_shards
 from unmask.data.landmarks import eye_angle, stabilised_box
 from unmask.data.manifest import ManifestError, media_path, read_manifest
 from unmask.data.video import Clip, MediaError, read_frames
@@ -225,9 +226,9 @@ def _run(items: list[Item], settings: Settings, workers: int, work: Callable = p
                 pool.shutdown(kill_workers=True)
 
 
-def _items(manifest_path: Path) -> list[Item]:
+def _items(manifest: pd.DataFrame, manifest_path: Path) -> list[Item]:
     items = []
-    for row in read_manifest(manifest_path).to_dict("records"):
+    for row in manifest.to_dict("records"):
         fault = media = annotations = ""
         try:
             media = str(media_path(row, manifest_path).absolute())
@@ -288,8 +289,9 @@ def preprocess(
     per second, 0 for every frame; see `unmask.data.video.read_frames`); crops of `size` pixels with `margin` (share of
     the face) on each side; `deadline` seconds of decoding per item. `shard=(i, n)` does every n-th item from the i-th
     on, for job arrays; the call that completes the last shard writes crops.parquet and items.parquet, others return
-    their own rows. Stopped at any point, the same call goes on where it was. `workers=0` runs in this process. Every
-    item gets a row; raises LocatorError if the locator cannot work at all, ManifestError for a broken manifest.
+    their own rows and name the shards that are still to do. Stopped at any point, the same call goes on where it was.
+    `workers=0` runs in this process. Every item gets a row; raises LocatorError if the locator cannot work at all,
+    ManifestError for a broken manifest.
     """
     manifest_path, out = Path(manifest_path), Path(out)
     number, of = shard
@@ -300,7 +302,8 @@ def preprocess(
     stamp = "" if locator == AnnotationLocator.name else build_locator(locator).hash
     fps = fps if sampling == "dense" else 0.0  # which uniform sampling does not ask for
     settings = Settings(locator, stamp, frames, size, margin, align, deadline, encoding, of, sampling=sampling, fps=fps)
-    items = _items(manifest_path)[number::of]
+    listed = read_manifest(manifest_path)
+    items = _items(listed.iloc[number::of], manifest_path)
     _prepare(out, settings)
     with CropWriter(out, number, of) as writer:
         keys = [item.key for item in items]
@@ -308,8 +311,10 @@ def preprocess(
         for i, result in enumerate(progress(_run(items[done:], settings, workers), len(items) - done, "preprocessing")):
             writer.add(keys[done + i], result.row, result.crops, encoding)
         writer.finish()
-    if collate(out, of):
+    to_do = collate(out, of, listed["item_id"].tolist())
+    if not to_do:
         return read_items(out)
+    print(f"Still to do: {name_shards(to_do, of)}. The last of them writes the tables.", file=sys.stderr)
     return to_table([line["item"] for line in read_shard(out, number, of)], ITEMS_SCHEMA)
 
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import cv2
@@ -21,6 +21,8 @@ import pandas as pd
 import pandera.pandas as pa
 import pyarrow
 import pyarrow.parquet as pq
+
+from unmask.data.journals import in_turn, lines, name_shards
 
 _ID = pa.Check.str_matches(r"^[0-9a-f]{16}\Z")
 _NOT_NEGATIVE = pa.Check.ge(0)
@@ -35,7 +37,7 @@ INDEX_SCHEMA = pa.DataFrameSchema(
         ),
         "locator": pa.Column(str),
         "locator_hash": pa.Column(str),
-        "shard": pa.Column(str),
+        "shard": pa.Column(str, pa.Check.str_matches(r"^crops-[0-9]+-of-[0-9]+\.tar\Z")),
         "offset": pa.Column("int64", _NOT_NEGATIVE),
         "size": pa.Column("int64", _NOT_NEGATIVE),
         "sha256": pa.Column(str),
@@ -61,6 +63,12 @@ _ARROW = {"object": pyarrow.list_(pyarrow.float32()), "int32": pyarrow.int32(), 
           "float32": pyarrow.float32(), "float64": pyarrow.float64()}  # fmt: skip
 
 
+# A table that lacks columns, or has others, raises the second even where one fault at a time is asked for.
+SCHEMA_ERRORS = (pa.errors.SchemaError, pa.errors.SchemaErrors)
+
+TABLES = ("crops.parquet", "items.parquet")
+MOST_SHARDS = 10**5  # that a damaged settings.json may name
+BLOCK = 2**14  # crops that are merged at a time: as Python's own objects they need some 5 kB each
 SAMPLING_BEFORE = {"sampling": "uniform", "fps": 0.0}
 """How frames were chosen where a settings.json is silent: before there was a choice."""
 
@@ -82,17 +90,6 @@ def encode_crop(image: np.ndarray, encoding: str) -> bytes:
 
 def _shard_name(shard: int, of: int) -> str:
     return f"crops-{shard:05d}-of-{of:05d}"
-
-
-def _read_journal(path: Path) -> list[dict]:
-    """Lines of a journal; a line cut off by a kill, and what follows it, do not count."""
-    lines = []
-    if path.exists():
-        for line in path.read_bytes().splitlines(keepends=True):
-            if not line.endswith(b"\n"):
-                break
-            lines.append(json.loads(line))
-    return lines
 
 
 class CropWriter:
@@ -134,24 +131,26 @@ class CropWriter:
         else:
             stored = self.part
         length = stored.stat().st_size if stored.exists() else 0
-        journal = _read_journal(self.journal)
-        kept, end = 0, 0
-        for line, key in zip(journal, keys, strict=False):
-            if tuple(line["key"]) != tuple(key) or line["end"] > length:
-                break
-            kept, end = kept + 1, line["end"]
-        if stored is self.tar and stored.exists() and kept == len(keys) == len(journal):
+        kept, end, size = 0, 0, 0
+        with open(self.journal, "a+b") as journal:
+            journal.seek(0)
+            found = lines(journal)
+            for key, (line, more) in zip(keys, found, strict=False):
+                if tuple(line["key"]) != tuple(key) or line["end"] > length:
+                    break
+                kept, end, size = kept + 1, line["end"], size + more
+            whole = kept == len(keys) and next(found, None) is None
+        if stored is self.tar and stored.exists() and whole:
             return kept
+        for table in TABLES:  # they would tell of crops that are about to change
+            (self.tar.parents[1] / table).unlink(missing_ok=True)
         if stored is self.tar and stored.exists():
             os.replace(self.tar, self.part)
         self._file = open(self.part, "r+b" if self.part.exists() else "w+b")
         self._file.truncate(end)
         self._file.seek(end)
-        text = b"".join(json.dumps(line).encode() + b"\n" for line in journal[:kept])
-        temporary = self.journal.with_suffix(".jsonl.tmp")
-        temporary.write_bytes(text)
-        os.replace(temporary, self.journal)
         self._log = open(self.journal, "ab")
+        self._log.truncate(size)
         return kept
 
     def add(self, key: tuple[str, str], item: Mapping, crops: Sequence[Mapping], encoding: str) -> None:
@@ -184,11 +183,17 @@ class CropWriter:
 
 def write_table(df: pd.DataFrame, path: Path, schema: pa.DataFrameSchema) -> None:
     """Validate and write a table as Parquet, atomically."""
-    df = schema.validate(df)
+    write_blocks([df], path, schema)
+
+
+def write_blocks(blocks: Iterable[pd.DataFrame], path: Path, schema: pa.DataFrameSchema) -> None:
+    """`write_table` of a table that comes in parts, one at a time in memory; each is validated by itself."""
     arrow = pyarrow.schema([(c, _ARROW.get(str(t.dtype), pyarrow.string())) for c, t in schema.columns.items()])
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        pq.write_table(pyarrow.Table.from_pandas(df, schema=arrow, preserve_index=False), part)
+        with pq.ParquetWriter(part, arrow) as writer:
+            for df in blocks:
+                writer.write_table(pyarrow.Table.from_pandas(schema.validate(df), schema=arrow, preserve_index=False))
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -206,39 +211,82 @@ def to_table(rows: Sequence[Mapping], schema: pa.DataFrameSchema) -> pd.DataFram
     return df
 
 
-def read_shard(out: str | os.PathLike, shard: int, of: int) -> list[dict]:
-    """Journal lines of a complete shard, or an empty list. A complete shard with no items gives an empty list too."""
+def read_shard(out: str | os.PathLike, shard: int, of: int) -> Iterator[dict]:
+    """Journal lines of a complete shard, or none. A complete shard with no items gives none too."""
     name = _shard_name(shard, of)
     folder = Path(out) / "shards"
-    return _read_journal(folder / f"{name}.jsonl") if (folder / f"{name}.tar").exists() else []
+    if (folder / f"{name}.tar").exists():
+        with open(folder / f"{name}.jsonl", "rb") as journal:
+            yield from (line for line, _ in lines(journal))
 
 
-def collate(out: str | os.PathLike, of: int) -> bool:
+class _Stale(Exception):
+    """Shards that hold other items than the manifest: argument 0, a set."""
+
+
+def _merged(out: Path, of: int, ids: Sequence[str] | None, items: list[dict]) -> Iterator[pd.DataFrame]:
+    """The crop index in blocks, while `items` fills with the items' rows. _Stale at the end if they are not `ids`."""
+    counts, stale, crops = [0] * of, set(), []
+    for i, line in in_turn([out / "shards" / f"{_shard_name(i, of)}.jsonl" for i in range(of)]):
+        place = i + counts[i] * of
+        counts[i] += 1
+        if ids is not None and not (place < len(ids) and ids[place] == line["item"]["item_id"]):
+            stale.add(i)
+        items.append(line["item"])
+        crops += line["crops"]
+        if len(crops) >= BLOCK:
+            yield to_table(crops, INDEX_SCHEMA)
+            crops = []
+    yield to_table(crops, INDEX_SCHEMA)
+    if ids is not None:
+        stale |= {i for i, count in enumerate(counts) if count != len(range(i, len(ids), of))}
+    if stale:
+        raise _Stale(stale)
+
+
+def collate(out: str | os.PathLike, of: int, ids: Sequence[str] | None = None) -> list[int]:
     """Once all `of` shards are complete, write crops.parquet and items.parquet in manifest order.
 
-    Returns whether that was done. Items were dealt to the shards in turn, and are gathered in turn again.
+    Returns the shards that are still to do, none if the tables were written: those that are not complete and, if `ids`
+    lists the manifest's items, those made of another manifest. Items were dealt to the shards in turn, and are gathered
+    in turn again.
     """
-    out = Path(out)
-    if not all((out / "shards" / f"{_shard_name(i, of)}.tar").exists() for i in range(of)):
-        return False
-    shards = [read_shard(out, i, of) for i in range(of)]
-    lines = [shard[k] for k in range(max(map(len, shards))) for shard in shards if k < len(shard)]
-    write_table(to_table([c for line in lines for c in line["crops"]], INDEX_SCHEMA), out / "crops.parquet",
-                INDEX_SCHEMA)  # fmt: skip
-    write_table(to_table([line["item"] for line in lines], ITEMS_SCHEMA), out / "items.parquet", ITEMS_SCHEMA)
-    return True
+    out, items = Path(out), []
+    if missing := _missing(out, of):
+        return missing
+    try:
+        write_blocks(_merged(out, of, ids, items), out / TABLES[0], INDEX_SCHEMA)
+    except _Stale as stale:
+        return sorted(stale.args[0])
+    write_table(to_table(items, ITEMS_SCHEMA), out / TABLES[1], ITEMS_SCHEMA)
+    return []
+
+
+def _missing(out: Path, of: int) -> list[int]:
+    return [i for i in range(of) if not (out / "shards" / f"{_shard_name(i, of)}.tar").exists()]
+
+
+def _what_is_missing(out: Path) -> str:
+    """Which shards of a folder are not complete, as a sentence; "" where nothing tells."""
+    try:
+        of = int(json.loads((out / "settings.json").read_text(encoding="utf-8"))["shards"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    missing = _missing(out, of) if 0 < of <= MOST_SHARDS else []
+    return f" {name_shards(missing, of).capitalize()} is not complete." if missing else ""
 
 
 def _read_table(path: Path, schema: pa.DataFrameSchema) -> pd.DataFrame:
     if not path.is_file():
-        raise CropError(f"There is no {path.name} in {path.parent}. Run the preprocessing to its end first.")
+        missing = _what_is_missing(path.parent)
+        raise CropError(f"There is no {path.name} in {path.parent}. Run the preprocessing to its end first.{missing}")
     try:
         df = pq.read_table(path).to_pandas()
         for name, column in schema.columns.items():
             if str(column.dtype) == "str" and name in df:
                 df[name] = df[name].astype("str")
         return schema.validate(df)
-    except (pyarrow.ArrowException, OSError, pa.errors.SchemaError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, TypeError, *SCHEMA_ERRORS) as error:
         raise CropError(f"{path.name} is damaged or of another version; run the preprocessing again.") from error
 
 
@@ -292,7 +340,9 @@ class CropStore:
         try:
             if shard not in self._files:
                 self._files[shard] = os.open(self.out / "shards" / shard, os.O_RDONLY)
-            data = os.pread(self._files[shard], int(row["size"]), int(row["offset"]))
+            # No more than there is: for a size that damage made huge, so much memory would be asked for.
+            most = os.fstat(self._files[shard]).st_size
+            data = os.pread(self._files[shard], min(int(row["size"]), most), min(int(row["offset"]), most))
         except OSError as error:
             raise CropError(f"{shard} cannot be read; run the preprocessing again.") from error
         picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None

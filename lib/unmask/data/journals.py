@@ -1,0 +1,158 @@
+"""Work that several jobs share: a journal of each share, and the rows of all of them together.
+
+The job `I/N` does every N-th item from the I-th on. Its journal, `I-of-N.jsonl.part`, gets one line per finished item
+after the item's row has reached the disk, and becomes `I-of-N.jsonl` when all are done. After a kill the same job goes
+on after the last whole line.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice, zip_longest
+from pathlib import Path
+
+SLAB = 2**10  # lines that `in_turn` holds at a time
+
+
+class ShareError(RuntimeError):
+    """A share of some work is being done by another job; the message says what to do."""
+
+
+def lines(file: Iterable[bytes]) -> Iterator[tuple[dict, int]]:
+    """Lines of a journal, and bytes of each; a line cut off by a kill or a full disk, and what follows, do not count."""
+    for line in file:
+        try:
+            found = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            return
+        if not isinstance(found, dict):
+            return
+        yield found, len(line)
+
+
+def in_turn(journals: Sequence[Path]) -> Iterator[tuple[int, dict]]:
+    """Lines of all journals, one of each in turn, each with the number of its journal.
+
+    Some are read at a time: all would not fit the memory, and a process may not have many files open.
+    """
+    places, some = [0] * len(journals), max(SLAB // len(journals), 1)
+    while True:
+        found = []
+        for i, path in enumerate(journals):
+            with open(path, "rb") as file:
+                file.seek(places[i])
+                slab = list(lines(islice(file, some)))
+            places[i] += sum(size for _, size in slab)
+            found.append([line for line, _ in slab])
+        if not any(found):
+            return
+        for row in zip_longest(*found):
+            yield from ((i, line) for i, line in enumerate(row) if line is not None)
+
+
+def name_shards(numbers: Sequence[int], of: int) -> str:
+    """Such as "shard 1/16, 5/16", as `--shard` takes them; the first eight."""
+    more = f" and {len(numbers) - 8} more" if len(numbers) > 8 else ""
+    return f"shard {', '.join(f'{number}/{of}' for number in numbers[:8])}{more}"
+
+
+def path_of(folder: Path, shard: int, of: int) -> Path:
+    """The journal of a complete share."""
+    return folder / f"{shard:05d}-of-{of:05d}.jsonl"
+
+
+class Journal:
+    """The only writer of one share of some work in a folder; use as a context manager.
+
+    `resume` first, then `add` rows in their fixed order, then `finish`. `stamp` says by what the rows were made: rows
+    made by anything else are discarded. Raises ShareError if another process is writing the share.
+    """
+
+    def __init__(self, folder: str | os.PathLike, shard: tuple[int, int], stamp: str):
+        self.stamp, self.path = stamp, path_of(Path(folder), *shard)
+        self.part = self.path.with_suffix(".jsonl.part")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.path.with_suffix(".lock"), "w")
+        self._file = None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.close()
+            name = name_shards(shard[:1], shard[1])
+            raise ShareError(f"Another process is doing {name} of {self.path.parent}: wait, or stop it.") from error
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for file in (self._file, self._lock):
+            if file is not None:
+                file.close()
+
+    def resume(self, keys: Sequence[tuple[str, ...]]) -> int:
+        """Keep the rows whose keys are still the first of `keys`; returns how many. A complete share stays as it is.
+
+        A key is the identity of an item and whatever else its row depends on.
+        """
+        stored = self.part if self.part.exists() or not self.path.exists() else self.path
+        kept, end, whole = 0, 0, False
+        if stored.exists():
+            with open(stored, "rb") as file:
+                found = lines(file)
+                head, size = next(found, ({}, 0))
+                if head == {"stamp": self.stamp}:
+                    end = size
+                    for key, (line, size) in zip(keys, found, strict=False):
+                        if tuple(line["key"]) != tuple(key):
+                            break
+                        kept, end = kept + 1, end + size
+                    whole = kept == len(keys) and next(found, None) is None
+        if stored is self.path and whole:
+            return kept
+        if stored is self.path:
+            os.replace(self.path, self.part)
+        self._file = open(self.part, "ab")
+        self._file.truncate(end)
+        if end == 0:
+            self._write([{"stamp": self.stamp}])
+        return kept
+
+    def add(self, rows: Iterable[tuple[tuple[str, ...], Mapping]]) -> None:
+        """Append rows, each after its key; on return they are on the disk."""
+        self._write({"key": list(key), "row": row} for key, row in rows)
+
+    def _write(self, found: Iterable[Mapping]) -> None:
+        self._file.write(b"".join(json.dumps(line).encode() + b"\n" for line in found))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def finish(self) -> None:
+        """Give the journal its final name. Does nothing for a share that was complete already."""
+        if self._file is not None:
+            os.replace(self.part, self.path)
+
+
+def gather(folder: str | os.PathLike, of: int, stamp: str, identities: Sequence[str]) -> tuple[list[dict], list[int]]:
+    """Rows of all shares in the order of the items, and the shares that are still to do; of either, one is empty.
+
+    A share is to do if its journal is missing, made by something else than `stamp`, or of other items than `identities`
+    (the first part of each key) gives it.
+    """
+    journals = [path_of(Path(folder), i, of) for i in range(of)]
+    stale = {i for i, path in enumerate(journals) if not path.exists()}
+    if stale:
+        return [], sorted(stale)
+    rows, heads, counts = [], 0, [0] * of
+    for i, line in in_turn(journals):
+        if heads < of:  # the first turn
+            heads += 1
+            stale |= set() if line == {"stamp": stamp} else {i}
+            continue
+        place = i + counts[i] * of
+        counts[i] += 1
+        if place >= len(identities) or line["key"][0] != identities[place]:
+            stale.add(i)
+        rows.append(line["row"])
+    stale |= {i for i, count in enumerate(counts) if count != len(range(i, len(identities), of))}
+    return ([], sorted(stale)) if stale else (rows, [])
