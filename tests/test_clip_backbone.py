@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_clips import CONFIG, RESNET, VIT, WEIGHTS, images
 from torch import nn
 
+from unmask import downloads
 from unmask.detectors import base, clip_backbone
 from unmask.detectors.clip_backbone import BackboneError
 
@@ -297,14 +298,39 @@ class Archive(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
-def test_the_archive_of_openai_is_converted_once(tmp_path, named):
+def test_the_archive_of_openai_is_converted_once(tmp_path, named, monkeypatch):
     state = named("tiny-archive-quickgelu", quick_gelu=True)
     numbers = {k: torch.tensor(1) for k in ("input_resolution", "context_length", "vocab_size")}
     torch.jit.save(torch.jit.script(Archive(state | numbers)), str(tmp_path / "clip.pt"))
     with pytest.raises(BackboneError, match="TorchScript.*convert_openai"):
         clip_backbone.load("tiny-archive-quickgelu", str(tmp_path / "clip.pt"))
+    with pytest.raises(BackboneError, match="none of the archives that OpenAI published"):
+        clip_backbone.convert_openai(tmp_path / "clip.pt", tmp_path / "clip.safetensors")
+    entry = downloads.Published("https://nowhere/clip.pt", downloads.sha256_of(tmp_path / "clip.pt"), "a test")
+    monkeypatch.setitem(downloads.CATALOGUE, "test", entry)
     out = clip_backbone.convert_openai(tmp_path / "clip.pt", tmp_path / "new" / "clip.safetensors")
     backbone = clip_backbone.load("tiny-archive-quickgelu", str(out))
+    for name, value in backbone.model.state_dict().items():
+        torch.testing.assert_close(value, state[name], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_tag_is_fetched_by_its_sha256_or_not_at_all(tmp_path, named, monkeypatch):
+    state, url = named("tiny-tag-quickgelu", quick_gelu=True), "https://127.0.0.1:9/models/clip.pt"
+    monkeypatch.setenv("UNMASK_MODELS", str(tmp_path / "models"))
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda name, tag: {"url": url, "quick_gelu": True})
+    with pytest.raises(BackboneError, match="has none of 'openai' for tiny-tag-quickgelu.*local-dir:PATH"):
+        clip_backbone.load("tiny-tag-quickgelu", "openai")
+    torch.jit.save(torch.jit.script(Archive(state)), str(tmp_path / "clip.pt"))
+    entry = downloads.Published(url, downloads.sha256_of(tmp_path / "clip.pt"), "a test")
+    monkeypatch.setitem(downloads.CATALOGUE, "test", entry)
+    with pytest.raises(downloads.DownloadError, match=f"copy it to {tmp_path}/models/clip.pt"):
+        clip_backbone.load("tiny-tag-quickgelu", "openai")
+    (tmp_path / "clip.pt").rename(tmp_path / "models" / "clip.pt")
+    backbone = clip_backbone.load("tiny-tag-quickgelu", "openai")
+    assert (backbone.name, backbone.weights) == ("tiny-tag-quickgelu", "openai")
+    (tmp_path / "models" / "clip.pt").write_bytes(b"no longer looked at")
+    assert clip_backbone.load("tiny-tag-quickgelu", "openai").fingerprint == backbone.fingerprint
     for name, value in backbone.model.state_dict().items():
         torch.testing.assert_close(value, state[name], atol=1e-3, rtol=1e-3)
 
@@ -323,6 +349,17 @@ def test_towers_that_would_be_misread_are_refused(tmp_path, kind):
     why, changes = UNSUPPORTED[kind]
     name = tiny_clips.write(tmp_path, **changes)
     with pytest.raises(BackboneError, match=why):
+        clip_backbone.load(name)
+
+
+@pytest.mark.parametrize("key", ["hf_model_name", "hf_tokenizer_name", "timm_model_name"])
+def test_what_other_libraries_would_fetch_is_refused_before_they_do(tmp_path, key, monkeypatch):
+    name = tiny_clips.write(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    config["model_cfg"]["vision_cfg" if key == "timm_model_name" else "text_cfg"][key] = "hf-hub:nobody/anything"
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    monkeypatch.setattr(open_clip, "create_model", lambda *_, **__: pytest.fail("it was built"))
+    with pytest.raises(BackboneError, match="not supported: its hf-hub:nobody/anything is another library's"):
         clip_backbone.load(name)
 
 

@@ -329,7 +329,7 @@ def test_verify_compares_with_the_checkpoint_on_random_and_on_real_crops(probe, 
     assert cli.main([*given, "--clips", str(tiny_crops)]) == 0
     said = capsys.readouterr().out
     assert "random" in said and "real" in said and "within 0.0001" in said
-    table = export.verify(checkpoint, files["pt2"], tiny_crops)
+    table = export.verify(checkpoint, files["pt2"], tiny_crops, own=True)
     assert table[["clips", "batch"]].values.tolist() == [[k, b] for k in ("random", "real") for b in (1, 2, 5)]
     assert table["difference"].max() < 1e-5
     images = export._real_clips(tiny_crops, detector.input_spec)

@@ -127,7 +127,7 @@ def _yunet(study: Study) -> Check:
         return Check("YuNet weights", "ok", str(found[0]))
     needed = study.profile.preprocess.locator == "yunet"
     detail = f"no face_detection_yunet*.onnx in {study.models}" + ("" if needed else ", not needed by this profile")
-    fix = f"put the file into {study.models}, or name its folder in UNMASK_MODELS"
+    fix = "unmask fetch yunet, or name the folder that holds it in UNMASK_MODELS"
     return Check("YuNet weights", "missing" if needed else "optional", detail, fix)
 
 

@@ -142,14 +142,20 @@ def export(checkpoint: str | os.PathLike, form: str, out: str | os.PathLike, fra
     return write_atomic(out, exported.seal(content, about))
 
 
-def load(path: str | os.PathLike) -> tuple[Callable[[torch.Tensor], torch.Tensor], dict]:
+def load(path: str | os.PathLike, own: bool = False) -> tuple[Callable[[torch.Tensor], torch.Tensor], dict]:
     """What an exported file computes, normalised clips float32[B,T,3,S,S] to logits float32[B], and its card.
 
-    Raises CheckpointError.
+    own: whether you exported it yourself. PyTorch unpickles and runs parts of pt2 and TorchScript files while it loads
+    them, and their fingerprint tells damage, not who made them; without `own` they are refused. Raises CheckpointError.
     """
     data, card = exported.opened(path)
     if card["format"] == "onnx":
         return onnx_detector.OnnxDetector(data, card), card
+    if not own:
+        raise base.CheckpointError(
+            f"{path} is a {card['format']} file, a program that runs as it is loaded: say own=True if it is your own, "
+            "or take an ONNX file, which is data."
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if card["format"] == "pt2":
@@ -159,17 +165,19 @@ def load(path: str | os.PathLike) -> tuple[Callable[[torch.Tensor], torch.Tensor
 
 @torch.no_grad()
 def verify(
-    checkpoint: str | os.PathLike, path: str | os.PathLike, crops: str | os.PathLike | None = None, seed: int = 0
-) -> pd.DataFrame:
+    checkpoint: str | os.PathLike, path: str | os.PathLike, crops: str | os.PathLike | None = None, seed: int = 0,
+    own: bool = False,
+) -> pd.DataFrame:  # fmt: skip
     """Largest differences between the logits of a checkpoint and of its exported file: columns clips (random or real),
     batch, difference.
 
-    Random pixels and, given the folder of `unmask preprocess`, crops of up to five media. Raises CheckpointError for
-    either file, or where the file was not made of this checkpoint, and ExportError for a folder without crops.
+    Random pixels and, given the folder of `unmask preprocess`, crops of up to five media. own: as in `load`. Raises
+    CheckpointError for either file, or where the file was not made of this checkpoint, and ExportError for a folder
+    without crops.
     """
-    detector, own = base.load_checkpoint(checkpoint)
-    model, card = load(path)
-    if card["sha256"] != own["sha256"]:
+    detector, known = base.load_checkpoint(checkpoint)
+    model, card = load(path, own)
+    if card["sha256"] != known["sha256"]:
         raise base.CheckpointError(f"{path} was not made of the checkpoint in {checkpoint}; export it anew.")
     spec = card["input"]
     shape = (max(BATCHES), spec.frames, spec.size, spec.size, 3)

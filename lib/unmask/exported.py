@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from unmask import __version__
-from unmask.detectors.base import CheckpointError, InputSpec
+from unmask.detectors.base import UNFIT, CheckpointError, InputSpec
 
 CARD = "unmask.json"
 
@@ -62,7 +62,10 @@ def opened(path: str | Path) -> tuple[bytes, dict]:
             f"{path} was exported by Unmask {version}, and this is {__version__}, which may cut and scale faces "
             "otherwise; export the checkpoint anew."
         )
-    return data, card | {"input": InputSpec(**_tuples(card["input"]))}
+    try:
+        return data, card | {"input": InputSpec(**_tuples(card["input"]))}
+    except UNFIT as error:
+        raise CheckpointError(f"{path} was not written by `unmask export`: {error}") from error
 
 
 def _tuples(given: dict) -> dict:

@@ -17,7 +17,7 @@ import pyarrow
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from unmask.data.crops import to_table, write_table
+from unmask.data.crops import SCHEMA_ERRORS, to_table, write_table
 from unmask.profile import digest, write_atomic, write_json
 
 INDEX, SHARDS, SETTINGS = "index.parquet", "shards", "settings.json"
@@ -31,7 +31,7 @@ SCHEMA = pa.DataFrameSchema(
         "sha256": pa.Column(str),  # of the picture's pixels
         "extractor": pa.Column(str),
         "precision": pa.Column(str),
-        "shard": pa.Column(str),
+        "shard": pa.Column(str, pa.Check.str_matches(r"^([^/\\\0]+\.safetensors)?\Z")),
         "position": pa.Column("int32"),  # in the shard's maps; -1: there is no map
     },
     checks=pa.Check(lambda df: (df["status"] == "ok") == (df["position"] >= 0), error="a map for every ok, no other"),
@@ -125,7 +125,7 @@ def read_index(folder: str | os.PathLike) -> pd.DataFrame:
         df = pd.read_parquet(path)
         texts = [name for name, column in SCHEMA.columns.items() if str(column.dtype) == "str" and name in df]
         return SCHEMA.validate(df.astype(dict.fromkeys(texts, "str")))
-    except (pyarrow.ArrowException, OSError, pa.errors.SchemaError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, TypeError, *SCHEMA_ERRORS) as error:
         raise LareError(f"{path} is damaged or of another version; run `unmask lare` again.") from error
 
 

@@ -16,11 +16,20 @@ import numpy as np
 import torch
 from PIL import Image
 
+from unmask.downloads import sha256_of
 from unmask.lare_maps import LareError
 from unmask.profile import digest, models_folder
 
 KIT = Path(__file__).parent / "weights"  # models that come with the kit
 VERSION = 1  # of what a map is; another one makes all maps anew
+# sha256 of a repository's weights, by its revision. One that is not here is not downloaded.
+PINNED = {
+    "451f4fe16113bff5a5d2269ed5ad43b0592e9a14": {
+        "unet/diffusion_pytorch_model.safetensors": "19da7aaa4b880e59d56843f1fcb4dd9b599c28a1d9d9af7c1143057c8ffae9f1",
+        "vae/diffusion_pytorch_model.safetensors": "a2b5134f4dbc140d9c11f11cba3233099e00af40f262f136c691fb7d38d2194c",
+        "text_encoder/model.safetensors": "d008943c017f0092921106440254dbbe00b6a285f7883ec8ba160c3faad88334",
+    }
+}
 FILES = ("unet", "vae", "text_encoder", "scheduler", "tokenizer")  # folders of a repository
 
 
@@ -72,16 +81,34 @@ def fetch(settings: Settings) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    wanted = [f"{part}/{name}" for part in FILES for name in ("*.json", "merges.txt", "model.safetensors")]
-    wanted += [f"{part}/diffusion_pytorch_model.safetensors" for part in FILES]
-    try:
-        given = {"revision": settings.revision, "cache_dir": models_folder(), "allow_patterns": wanted}
-        return Path(snapshot_download(settings.source, **given))
-    except (OSError, HfHubHTTPError) as error:
+    by_hand = f"Fetch it yourself, revision {settings.revision}, and name its folder by --model."
+    if settings.revision not in PINNED:
         raise LareError(
-            f"{settings.source} cannot be fetched from the hub ({type(error).__name__}). Fetch it elsewhere, revision "
-            f"{settings.revision}, and name its folder by --model."
-        ) from error
+            f"The kit downloads what it has a sha256 of, and it has none of {settings.source}'s weights. {by_hand}"
+        )
+    wanted = [f"{part}/{name}" for part in FILES for name in ("*.json", "merges.txt")]
+    try:
+        given = {"revision": settings.revision, "cache_dir": models_folder()}
+        folder = Path(snapshot_download(settings.source, allow_patterns=[*wanted, *PINNED[settings.revision]], **given))
+    except (OSError, HfHubHTTPError) as error:
+        raise LareError(f"{settings.source} cannot be fetched ({type(error).__name__}). {by_hand}") from error
+    _check(folder, PINNED[settings.revision])
+    return folder
+
+
+def _check(folder: Path, pinned: dict[str, str]) -> None:
+    """LareError where a downloaded file is not the pinned one; it is removed then."""
+    for name, wanted in pinned.items():
+        path = folder / name
+        if not path.is_file():
+            raise LareError(f"{path} is missing; run the same command again.")
+        if (found := sha256_of(path)) != wanted:
+            path.resolve().unlink()  # the hub's folder holds links to one copy of each file
+            path.unlink(missing_ok=True)
+            raise LareError(
+                f"What came as {name} is not the published file and was removed: its sha256 is {found}, not {wanted}. "
+                "Run the same command again."
+            )
 
 
 def load(settings: Settings, decoder: bool = False) -> SimpleNamespace:
@@ -94,7 +121,9 @@ def load(settings: Settings, decoder: bool = False) -> SimpleNamespace:
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer, logging
 
+    # Safetensors alone: weights in the older form are pickles.
     folder, given = fetch(settings), {"local_files_only": True}
+    weights = given | {"use_safetensors": True}
     logging.disable_progress_bar()  # it is over in a second, and would stay in logs
     try:
         # Building a network draws the weights that the file then replaces.
@@ -102,9 +131,9 @@ def load(settings: Settings, decoder: bool = False) -> SimpleNamespace:
             tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", **given)
             tokens = tokenizer(settings.prompt, padding="max_length", max_length=77, truncation=True)
             ids = torch.tensor([tokens.input_ids])
-            embedding = CLIPTextModel.from_pretrained(folder / "text_encoder", **given).float().eval()(ids)[0]
-            vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", **given)
-            unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", **given)
+            embedding = CLIPTextModel.from_pretrained(folder / "text_encoder", **weights).float().eval()(ids)[0]
+            vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", **weights)
+            unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", **weights)
             scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler", **given)
     except (OSError, ValueError) as error:
         why = " ".join(str(error).split())[:200]

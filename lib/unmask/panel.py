@@ -214,7 +214,7 @@ def read(path: str | os.PathLike) -> Panel:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise PanelError(f"There is no panel at {path}; `unmask panel` and chapter 09 write one.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PanelError(f"{path} cannot be read as a panel (JSON).") from error
     try:
         panel = _panel(content, path.parent)
@@ -237,11 +237,14 @@ def _panel(content: dict, home: Path) -> Panel:
         if line and not (line.slope >= 0 and all(np.isfinite(list(asdict(line).values())))):
             raise ValueError("a calibration needs finite numbers and a slope of 0 or more")
         members.append(_typed(Member, entry | {"calibration": line or None}))
+        _relative(members[-1].checkpoint)
         if members[-1].frames < 0:
             raise ValueError("frames are 0 (all) or more")
     if not members or len({one.name for one in members}) < len(members):
         raise ValueError("members need names of their own")
     stages = content["unsupervised"] and _typed(Unsupervised, content["unsupervised"])
+    if stages:
+        _relative(stages.folder)
     if bool(stages) != any(one.name == JUDGE for one in members):
         raise ValueError(f"the member {JUDGE} and its stages go together")
     if not all(isinstance(name, str) for name in content["locators"]):
@@ -249,6 +252,12 @@ def _panel(content: dict, home: Path) -> Panel:
     if type(content["level"]) is not float or not 0 < content["level"] < 1:
         raise ValueError("the level of intervals is a share")
     return Panel(home, tuple(members), stages or None, tuple(content["locators"]), content["level"])
+
+
+def _relative(path: str) -> None:
+    """ValueError for a place that `fit` would not write: it may be above the panel's folder, but is relative to it."""
+    if not path or "\0" in path or Path(path).is_absolute():
+        raise ValueError(f"a checkpoint is named by its path from the panel's folder, not {path!r}")
 
 
 def _exactly(entry: dict, names: set[str], what: str) -> None:

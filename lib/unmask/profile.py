@@ -23,8 +23,13 @@ import yaml
 
 # Keys of a resolved profile file that are not settings: they say which run it belongs to.
 IDENTITY = ("name", "run")
+# They become folders' names, and a part of patterns that Snakemake reads.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # Keys that change how fast a study runs but never what it finds, so they stay out of every hash.
 SPEED = ("workers",)
+# What safe_load raises: for bytes that are no UTF-8 and a date such as 2024-99-99 ValueErrors, for brackets within
+# brackets, a thousand deep, RecursionError.
+_UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
 RECORDED_PACKAGES = (
     "torch", "torchvision", "timm", "open_clip_torch", "accelerate", "numpy", "scipy", "scikit-learn", "pandas",
     "pyarrow", "opencv-python-headless", "av", "decord", "matplotlib", "seaborn",
@@ -152,9 +157,18 @@ def load_profile(profile: str | Path = "demo", changes: Mapping[str, Any] | None
     values = _read(root / "profiles" / "demo.yaml")
     path = _profile_path(profile, root)
     own = _read(path)
-    name, run = (str(own.pop(key, path.stem)) for key in IDENTITY)
+    name, run = (_name(own.pop(key, path.stem), key, path) for key in IDENTITY)
     _override(values, own, f" (in {path.name})")
     return Profile(name, run, values).changed(changes or {})
+
+
+def _name(value: Any, key: str, path: Path) -> str:
+    if not _NAME.fullmatch(str(value)):
+        raise ProfileError(
+            f"The {key} of a profile is of letters, digits, dots, dashes and underscores, and begins with a letter or "
+            f"digit; {path.name!r} has {value!r}. Rename the file, or say `{key}: NAME` in it."
+        )
+    return str(value)
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:
@@ -183,7 +197,7 @@ def parse_changes(settings: list[str], root: Path = ROOT) -> dict[str, Any]:
 def _parse_value(key: str, text: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    except _UNREADABLE:
         raise ProfileError(f"The value of {key} cannot be read: {text!r}.") from None
 
 
@@ -203,8 +217,8 @@ def _profile_path(profile: str | Path, root: Path) -> Path:
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ProfileError(f"{path.name} is not valid YAML: {error}") from None
+    except _UNREADABLE as error:
+        raise ProfileError(f"{path.name} is not valid YAML: {str(error)[:500]}") from None
     if not isinstance(content, dict):
         raise ProfileError(f"{path.name} must hold `key: value` lines.")
     return content

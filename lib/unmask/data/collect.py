@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from unmask.data.datasets import LAYOUTS, index
-from unmask.data.manifest import ManifestError, media_path, read_manifest
+from unmask.data.manifest import ManifestError, is_inside, media_path, read_manifest
 from unmask.data.tree import DatasetError
 from unmask.data.video import MediaError, read_frames
 from unmask.data.world import generate
@@ -25,6 +25,8 @@ def collect(profile: Profile, work: Path, root: Path) -> tuple[pd.DataFrame, lis
     tables, notes = [], []
     entries = [(entry, *entry.partition("=")[::2]) for entry in profile.data.sets]
     for entry, layout, place in entries:
+        if layout == "world" and place and not is_inside(place):
+            raise DatasetError(f"{entry!r} in data.sets: the world is made in a folder of the run's own, such as world=a.")
         if not place or layout not in {*LAYOUTS, "manifest"}:
             raise DatasetError(f"{entry!r} in data.sets is not LAYOUT=FOLDER, with {', '.join(LAYOUTS)} or manifest.")
     for position, (entry, layout, place) in enumerate(entries):

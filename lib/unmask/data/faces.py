@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,12 @@ YUNET_SHA256 = {
     "25a606a145a5b6d7271ae138fbd00eba91dad8b83222ae3f2c7ecd0f4a7b0e31": "libfacedetection.train",
     "8f2383e4dd3cfbb4553ea8718107fc0423210dc964f9f4280604804ed2552fa4": "opencv_zoo 2023mar",
 }
+
+# What NumPy raises for an .npz that is none, or broken somewhere.
+DAMAGED = (
+    OSError, ValueError, TypeError, KeyError, EOFError, MemoryError, RuntimeError, OverflowError, SyntaxError,
+    zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 # InsightFace's 106 points in iBUG-68 order: jaw, brows, nose, eyes, mouth.
 POINTS_106_TO_68 = np.array(
@@ -81,10 +89,13 @@ class AnnotationLocator:
     def __init__(self, path: str | os.PathLike, scale: float = 1.0):
         try:
             with np.load(path, allow_pickle=False) as archive:
-                self.landmarks = np.asarray(archive["landmarks"], np.float32) * np.float32(scale)
+                marks = archive["landmarks"]
+                if marks.dtype.kind not in "fiu":  # a cast would make numbers of dates, and drop halves of complex ones
+                    raise ValueError(f"landmarks are numbers, not {marks.dtype}")
+                self.landmarks = marks.astype(np.float32) * np.float32(scale)
         except FileNotFoundError as error:
             raise LocatorError("annotation file not found") from error
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except DAMAGED as error:
             raise LocatorError("annotation file is not an .npz with an array 'landmarks'") from error
         if self.landmarks.ndim != 3 or self.landmarks.shape[1:] not in ((68, 2), (81, 2)):
             raise LocatorError(f"annotated landmarks have shape {self.landmarks.shape}, not (frames, 68 or 81, 2)")
@@ -104,8 +115,8 @@ def find_yunet() -> Path:
         if (folder / name).is_file():
             return folder / name
     raise LocatorError(
-        f"The YuNet weights are not in {folder}. Download {YUNET_FILES[1]} from the opencv_zoo repository (folder "
-        "models/face_detection_yunet) into it, or point UNMASK_MODELS to the folder that holds it."
+        f"The YuNet weights are not in {folder}: `unmask fetch yunet` downloads {YUNET_FILES[1]} of opencv_zoo (without a "
+        "network it says from where, and where to put it), or point UNMASK_MODELS to the folder that holds it."
     )
 
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import nn
 
+from unmask import downloads
 from unmask.profile import models_folder, write_atomic
 
 FOLDER = "local-dir:"
@@ -146,22 +147,21 @@ class ClipBackbone(nn.Module):
 def load(name: str, weights: str | None = None) -> ClipBackbone:
     """A pretrained CLIP with all its weights.
 
-    name: an architecture of open_clip, with `weights` a tag of open_clip (downloaded once into data/models, or
-    $UNMASK_MODELS) or a file; or `local-dir:PATH`, a folder with open_clip_config.json and weights; or `clip-demo`,
-    such a folder that comes with the kit. Normalisation is that of the tag or folder, and of OpenAI's CLIP for a
-    file. Raises BackboneError where weights are missing or do not fit, where the activation (QuickGELU or GELU) is
-    not the one they were trained with, or where the towers are not a ViT or ModifiedResNet and CLIP's own text
-    transformer.
+    name: an architecture of open_clip, with `weights` OpenAI's by the tag `openai` (downloaded once into data/models,
+    or $UNMASK_MODELS, and checked) or a file; or `local-dir:PATH`, a folder with open_clip_config.json and weights; or
+    `clip-demo`, such a folder that comes with the kit. Normalisation is that of the folder, and of OpenAI's CLIP for a
+    tag or a file. Raises BackboneError where weights are missing or do not fit, where the activation (QuickGELU or
+    GELU) is not the one they were trained with, where they are of a tag that has no pinned sha256, or where the towers
+    are not a ViT or ModifiedResNet and CLIP's own text transformer; DownloadError where they cannot be fetched.
     """
     import open_clip
 
     name = name if name.startswith(FOLDER) else name.replace("/", "-")  # both spellings are known
     tag, stated = _checked(name, weights)
+    file = str(_published(name, weights, tag)) if tag else weights
     try:
         with torch.random.fork_rng(devices=[]):  # it draws weights that the loaded ones then replace
-            model = open_clip.create_model(
-                _source(name), pretrained=weights, require_pretrained=True, cache_dir=str(models_folder())
-            )
+            model = open_clip.create_model(_source(name), pretrained=file, require_pretrained=True)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
         why = " ".join(str(error).split())[:200]  # torch lists every weight that does not fit
         raise BackboneError(f"{name} cannot be loaded with weights {weights or 'of its folder'}: {why}") from error
@@ -177,8 +177,29 @@ def load(name: str, weights: str | None = None) -> ClipBackbone:
     return backbone
 
 
+def _published(name: str, weights: str, tag: dict) -> Path:
+    """The file of a tag of open_clip, fetched and converted if need be. BackboneError if it has no pinned sha256."""
+    known = {entry.url: key for key, entry in downloads.CATALOGUE.items()}
+    if tag.get("url") not in known:
+        raise BackboneError(
+            f"The kit downloads what it has a sha256 of, and it has none of '{weights}' for {name}. Fetch the weights "
+            f"yourself from {tag.get('hf_hub') or tag.get('url')} with their open_clip_config.json, and name their "
+            f"folder: `{FOLDER}PATH`."
+        )
+    archive = models_folder() / downloads.CATALOGUE[known[tag["url"]]].file
+    converted = archive.with_name(f"{archive.stem}.openai.safetensors")
+    if not converted.is_file():
+        convert_openai(downloads.fetch(known[tag["url"]]), converted)
+    return converted
+
+
 def convert_openai(archive: str | Path, out: str | Path) -> Path:
-    """OpenAI's published file (a TorchScript archive) as a safetensors file `out`, which `load` takes; returns it."""
+    """OpenAI's published file (a TorchScript archive) as a safetensors file `out`, which `load` takes; returns it.
+
+    BackboneError for any other archive: TorchScript is a program, and would run.
+    """
+    if downloads.sha256_of(archive) not in {entry.sha256 for entry in downloads.CATALOGUE.values()}:
+        raise BackboneError(f"{archive} is none of the archives that OpenAI published; what else it does is unknown.")
     state = torch.jit.load(str(archive), map_location="cpu").state_dict()
     numbers = ("input_resolution", "context_length", "vocab_size")  # not weights, and open_clip stumbles over them
     return write_atomic(out, save({k: v.contiguous() for k, v in state.items() if k not in numbers}))
@@ -203,6 +224,7 @@ def _checked(name: str, weights: str | None) -> tuple[dict, bool]:
         raise BackboneError(f"{name} is not a folder of a CLIP: it needs open_clip_config.json and weights.") from error
     if config is None:
         raise BackboneError(f"open_clip has no architecture '{name}'; see open_clip.list_models().")
+    _built_here(config, name)
     stated = "quick_gelu" in config
     if source.startswith(FOLDER):
         if weights is not None:
@@ -222,10 +244,24 @@ def _checked(name: str, weights: str | None) -> tuple[dict, bool]:
         )
     if not tag and _torchscript(weights):
         raise BackboneError(
-            f"{weights} is a TorchScript archive, as OpenAI publishes CLIP; convert it once with "
-            "clip_backbone.convert_openai and name the new file, for an architecture that ends in -quickgelu."
+            f"{weights} is a TorchScript archive, as OpenAI publishes CLIP; put it into {models_folder()} under its "
+            "own name and use the tag openai, or convert it once with clip_backbone.convert_openai and name the new "
+            "file, for an architecture that ends in -quickgelu."
         )
     return tag, stated
+
+
+def _built_here(config: dict, name: str) -> None:
+    """BackboneError for towers and tokenizers that other libraries would fetch by a name in the configuration."""
+    parts = [config.get(key) for key in ("vision_cfg", "text_cfg")]
+    if not all(isinstance(part, dict) for part in parts):
+        raise BackboneError(f"{name} is not a folder of a CLIP: its open_clip_config.json lacks a tower.")
+    elsewhere = ("timm_model_name", "hf_model_name", "hf_tokenizer_name")
+    if named := [part[key] for part in parts for key in elsewhere if part.get(key)]:
+        raise BackboneError(
+            f"{name} is not supported: its {named[0]} is another library's, and its image tower must be a ViT with a "
+            "class token or a ModifiedResNet of open_clip, its text tower open_clip's own transformer."
+        )
 
 
 def _torchscript(path: str) -> bool:
