@@ -341,9 +341,11 @@ def listed(media: Iterable[str | os.PathLike], folder: str | os.PathLike) -> tup
     return manifest, paths
 
 
-def keep_uploads(uploads: Iterable[Mapping], folder: str | os.PathLike) -> list[Path]:
+def keep_uploads(uploads: Iterable[Mapping] | Mapping[str, Mapping], folder: str | os.PathLike) -> list[Path]:
     """Write what an `ipywidgets.FileUpload` holds (its `value`) below a folder; returns the files, all apart even if
     their names are alike."""
+    if isinstance(uploads, Mapping):  # ipywidgets 7, which Colab has: content and metadata by name
+        uploads = [{"name": name, "content": upload["content"]} for name, upload in uploads.items()]
     paths = []
     for number, upload in enumerate(uploads):
         name = Path(upload["name"]).name
