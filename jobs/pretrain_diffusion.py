@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -168,6 +169,12 @@ def folder_of(vae, unet, scheduler, text) -> Iterator[tuple[str, bytes]]:
     with tempfile.TemporaryDirectory() as name:
         for part, net in (("vae", vae.half()), ("unet", unet.half()), ("text_encoder", text.half())):
             net.save_pretrained(Path(name) / part)
+        # transformers 4 finds the tensors only under the names that it gave them; 5 reads those as well.
+        text_file = Path(name) / "text_encoder" / "model.safetensors"
+        tensors = {
+            f"text_model.{key.removeprefix('text_model.')}": value for key, value in load_file(text_file).items()
+        }
+        save_file(tensors, text_file, metadata={"format": "pt"})
         scheduler.save_pretrained(Path(name) / "scheduler")
         for path in sorted(Path(name).rglob("*.*")):
             yield str(path.relative_to(name)), path.read_bytes()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, PNDMScheduler, UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from unmask import cli, lare, lare_maps, lare_model
@@ -161,6 +162,23 @@ def test_key_covers_settings_and_weights_but_not_where_they_lie(folders, setting
     assert len(set(keys.values())) == len(keys)
     moved = shutil.copytree(folders["epsilon"], tmp_path / "moved")
     assert lare.Extractor(replace(settings, source=str(moved), revision="x")).key == key
+
+
+@pytest.mark.parametrize("part", ["vae/diffusion_pytorch_model", "unet/diffusion_pytorch_model", "text_encoder/model"])
+def test_a_file_that_lacks_weights_is_refused(folders, settings, tmp_path, part):
+    # The libraries would fill the gap with random numbers.
+    path = shutil.copytree(folders["epsilon"], tmp_path / "model") / f"{part}.safetensors"
+    tensors = load_file(path)
+    lost = next(name for name in sorted(tensors) if "conv_out" not in name)
+    save_file({name: value for name, value in tensors.items() if name != lost}, path, metadata={"format": "pt"})
+    with pytest.raises(lare.LareError, match=f"lacks 1 weights of its network, such as .*{lost.split('.')[-2]}"):
+        lare.Extractor(replace(settings, source=str(path.parents[1])))
+
+
+def test_the_kits_text_encoder_is_read_by_transformers_4_and_5():
+    # Version 4 finds tensors under these names alone; 5 writes others and reads both.
+    names = load_file(lare_model.KIT / "diffusion-demo" / "text_encoder" / "model.safetensors")
+    assert names and all(name.startswith("text_model.") for name in names)
 
 
 def test_named_settings_are_the_published_ones_and_the_kits_own():

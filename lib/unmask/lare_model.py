@@ -131,9 +131,9 @@ def load(settings: Settings, decoder: bool = False) -> SimpleNamespace:
             tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", **given)
             tokens = tokenizer(settings.prompt, padding="max_length", max_length=77, truncation=True)
             ids = torch.tensor([tokens.input_ids])
-            embedding = CLIPTextModel.from_pretrained(folder / "text_encoder", **weights).float().eval()(ids)[0]
-            vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", **weights)
-            unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", **weights)
+            embedding = _whole(CLIPTextModel, folder / "text_encoder", **weights).float().eval()(ids)[0]
+            vae = _whole(AutoencoderKL, folder / "vae", **weights)
+            unet = _whole(UNet2DConditionModel, folder / "unet", **weights)
             scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler", **given)
     except (OSError, ValueError) as error:
         why = " ".join(str(error).split())[:200]
@@ -144,6 +144,14 @@ def load(settings: Settings, decoder: bool = False) -> SimpleNamespace:
         vae.decoder = vae.post_quant_conv = None  # half of the VAE
     parts = SimpleNamespace(vae=vae.eval(), unet=unet.eval(), scheduler=scheduler, embedding=embedding)
     return SimpleNamespace(**vars(parts), fingerprint=_fingerprint(folder, parts))
+
+
+def _whole(network: type, folder: Path, **given) -> torch.nn.Module:
+    """A network from its folder; LareError where the file lacks some of its weights, which would be random ones."""
+    loaded, found = network.from_pretrained(folder, output_loading_info=True, **given)
+    if missing := sorted(found["missing_keys"]):
+        raise LareError(f"{folder} lacks {len(missing)} weights of its network, such as {missing[0]}.")
+    return loaded
 
 
 def content_hash(picture: np.ndarray) -> str:
