@@ -16,11 +16,14 @@ GROUPS = {
 }
 EXAMPLES = {
     "doctor": "unmask doctor --profile paper",
+    "fetch": "unmask fetch yunet",
     "completion": "unmask completion bash >~/.local/share/bash-completion/completions/unmask",
     "world": "unmask world world --profile tiny --seed 1",
     "index": "unmask index my_media --layout folder --out manifest.parquet",
     "preprocess": "unmask preprocess manifest.parquet crops --locator yunet --set preprocess.frames=16",
     "cluster": "unmask cluster my_media --out clusters.csv",
+    "fingerprints": "unmask fingerprints my_media fingerprints --shard 0/4",
+    "fingerprints": "unmask fingerprints my_media fingerprints --shard 0/16",
     "unsupervised": "unmask unsupervised --stage 1 --manifest manifest.parquet --crops crops --out unsupervised",
     "train": "unmask train convnext --manifest manifest.parquet --crops crops --out checkpoint --set train.epochs=8",
     "score": "unmask score my_media clip.mp4 --checkpoint checkpoint --out scores.csv",
@@ -103,6 +106,7 @@ def completion_script(parser: argparse.ArgumentParser, shell: str, detectors: li
     import shtab
 
     commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    commands.help = "command"  # shtab leaves out what the help does not show
     for sub in set(commands.choices.values()):
         for action in sub._actions:
             name = action.metavar if isinstance(action.metavar, str) else ""
