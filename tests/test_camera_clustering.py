@@ -1,6 +1,7 @@
 """The camera chapter: from files to clusters, what must not matter, controls that must fail, and judging by hand."""
 
 import json
+from dataclasses import replace
 
 import cv2
 import matplotlib.pyplot as plt
@@ -300,6 +301,59 @@ def test_compression_takes_the_pattern_away(tmp_path):
     ncc = table.set_index(["crf", "frames"])["ncc"]
     assert (table.loc[table["crf"] == 10, "auc"] == 1).all()
     assert ncc[10, 4] > ncc[10, 1] > 0.05 and abs(ncc[45, 4]) < ncc[10, 4] / 3
+
+
+# Fingerprints by several jobs
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of eight pictures of two cameras and one file that is none."""
+    film(tmp_path / "photos", count=2, each=4)
+    (tmp_path / "photos" / "bad.mp4").write_text("no video")
+    return tmp_path / "photos"
+
+
+def left(folder):
+    return {p.name: p.read_bytes() for p in folder.glob("*.safetensors")}
+
+
+def test_fingerprints_by_several_jobs_are_those_of_one(tmp_path, photos, capsys):
+    def take(name, shard=(0, 1)):
+        return cc.fingerprint_files(photos, tmp_path / name, SETTINGS, shard=shard)
+
+    whole = take("one")
+    for i in (2, 0, 1):
+        assert not (tmp_path / "three" / cc.FINGERPRINTS).exists()
+        part = take("three", (i, 3))
+    again = take("three", (1, 3))
+    assert "Still to do: shard 0/3, 1/3." in capsys.readouterr().err
+    one, three = (pd.read_parquet(tmp_path / name / cc.FINGERPRINTS) for name in ("one", "three"))
+    for rows in (part, again, three, whole):
+        pd.testing.assert_frame_equal(rows.drop(columns="seconds"), one.drop(columns="seconds"), check_dtype=False)
+    assert left(tmp_path / "one") == left(tmp_path / "three") and (one["status"] == "ok").any()
+
+
+def test_clusters_come_from_fingerprints_taken_before(tmp_path, photos, monkeypatch):
+    direct = cc.cluster_files(photos, tmp_path / "direct.csv", SETTINGS)
+    cc.fingerprint_files(photos, tmp_path / "prints", SETTINGS, shard=(0, 2))
+    with pytest.raises(FingerprintError, match="to its end first"):
+        cc.cluster_files(photos, tmp_path / "later.csv", SETTINGS, fingerprints=tmp_path / "prints")
+    cc.fingerprint_files(photos, tmp_path / "prints", SETTINGS, shard=(1, 2))
+    monkeypatch.setattr(cc, "take", None)  # nothing is decoded
+    cc.cluster_files(photos, tmp_path / "later.csv", SETTINGS, fingerprints=tmp_path / "prints")
+    assert (tmp_path / "later.csv").read_bytes() == (tmp_path / "direct.csv").read_bytes() and len(direct)
+    (photos / "new.png").write_bytes(next(photos.glob("*.png")).read_bytes())
+    with pytest.raises(FingerprintError, match="of other media"):
+        cc.cluster_files(photos, tmp_path / "later.csv", SETTINGS, fingerprints=tmp_path / "prints")
+
+
+def test_a_shard_taken_with_other_settings_is_taken_again(tmp_path, photos):
+    cc.fingerprint_files(photos, tmp_path / "out", SETTINGS, shard=(0, 2))
+    other = replace(SETTINGS, sigma=3.0)
+    assert len(cc.fingerprint_files(photos, tmp_path / "out", other, shard=(1, 2))) < len(list(photos.iterdir()))
+    assert not (tmp_path / "out" / cc.FINGERPRINTS).exists()
+    assert len(cc.fingerprint_files(photos, tmp_path / "out", other, shard=(0, 2))) == len(list(photos.iterdir()))
 
 
 # Figures

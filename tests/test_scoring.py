@@ -282,3 +282,77 @@ def test_single_frames_are_cut_one_by_one_also_for_a_detector_of_still_clips(tin
     for name, part in list(index.groupby("item_id"))[:3]:
         alone = scoring.score_crops(detector, store, part).set_index(["item_id", "frame"])["score"]
         assert alone.to_dict() == pytest.approx(together.loc[[name]].to_dict(), abs=1e-5)
+
+
+@pytest.fixture
+def few_at_once(monkeypatch):
+    """Two media at a time; the paths that were scored since, in order."""
+    monkeypatch.setattr(scoring, "AT_ONCE", 2)
+    seen, rows = [], scoring._Job.rows
+    monkeypatch.setattr(scoring._Job, "rows", lambda job, paths: seen.extend(paths) or rows(job, paths))
+    return seen
+
+
+def both(out):
+    return out.read_bytes(), out.with_suffix(".json").read_bytes()
+
+
+def test_shards_of_any_number_and_order_give_the_same_bytes(tmp_path, media, tiny_checkpoint, few_at_once, capsys):
+    def score(name, **how):
+        return scoring.score_media([media], tiny_checkpoint, tmp_path / name, workers=0, **how)
+
+    whole = score("whole.csv")
+    assert [path.name for path in tmp_path.glob(".*")] == [], "nothing is left beside the table"
+    for of, order in ((2, (1, 0)), (9, range(9))):  # nine shards of six files: three have none
+        out = tmp_path / f"{of}.csv"
+        for i in order:
+            assert not out.exists()
+            part = score(out.name, shard=(i, of))
+        assert len(part) == len(whole) and both(out) == both(tmp_path / "whole.csv")
+        score(out.name, shard=(0, of))
+        assert both(out) == both(tmp_path / "whole.csv"), "a shard twice does no harm"
+    assert "Still to do: shard 0/2." in capsys.readouterr().err
+    assert len(few_at_once) == 3 * len(whole), "and is not scored again"
+
+
+def test_a_killed_call_goes_on_and_does_again_only_what_was_lost(tmp_path, media, tiny_checkpoint, few_at_once):
+    out = media / "scores.csv"  # among the media, of which neither it nor what lies beside it is one
+    scoring.score_media([media], tiny_checkpoint, out, workers=0)
+    whole, count = both(out), len(few_at_once)
+    few_at_once.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring.Journal, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            scoring.score_media([media], tiny_checkpoint, out, workers=0)
+    (journal,) = media.glob(".scores.csv.parts/*.part")
+    journal.write_bytes(journal.read_bytes()[:-5])
+    few_at_once.clear()
+    scoring.score_media([media], tiny_checkpoint, out, workers=0)
+    assert both(out) == whole and len(few_at_once) == 1 < count
+
+
+def test_what_changed_since_is_scored_again(tmp_path, media, tiny_checkpoint, few_at_once):
+    def score(shard):
+        return scoring.score_media([media], tiny_checkpoint, tmp_path / "scores.csv", workers=0, shard=shard)
+
+    score((0, 2))
+    (media / "a good clip.mp4").write_text("no video any more")  # the first of all
+    few_at_once.clear()
+    score((1, 2))
+    table = score((0, 2))
+    assert len(few_at_once) == 6 and table["status"][0] == "failed"
+    (media / "new.mp4").touch()
+    assert len(score((0, 2))) == 4 < len(score((1, 2))) == 7, "a listing that grew: the other shard was stale"
+
+
+def test_the_score_of_an_item_does_not_depend_on_its_company(tiny_crops, tiny_checkpoint, head, dense_crops):
+    for checkpoint, crops in ((tiny_checkpoint, tiny_crops), (head, dense_crops)):
+        (detector, _), store, index = load_checkpoint(checkpoint), CropStore(crops), read_index(crops)
+        some = index[index["item_id"].isin(index["item_id"].unique()[:5])]
+        together = scoring.score_crops(detector, store, some, batch=None)
+        alone = [scoring.score_crops(detector, store, part, batch=None) for _, part in some.groupby("item_id")]
+        keys = ["item_id", "frame"]
+        pd.testing.assert_frame_equal(
+            together.sort_values(keys, ignore_index=True),
+            pd.concat(alone).sort_values(keys, ignore_index=True), check_exact=True,
+        )  # fmt: skip

@@ -5,8 +5,10 @@ No label is read here: media go in, clusters come out. What the cameras really w
 
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,10 +20,12 @@ from sklearn.metrics import roc_auc_score
 from unmask import prnu
 from unmask.clustering import METHODS, UNATTRIBUTED, by_linkage, chance, cluster, scores, similarity
 from unmask.data.crops import CropStore, read_index
+from unmask.data.journals import Journal, gather, name_shards
 from unmask.data.manifest import COLUMNS, ManifestError, item_id, media_path, read_manifest
 from unmask.data.tree import IMAGE_SUFFIXES, VIDEO_SUFFIXES, kind_of
 from unmask.data.video import MediaError, encode, read_frames
 from unmask.fingerprints import (
+    SOURCE,
     FingerprintError,
     Settings,
     best_device,
@@ -30,17 +34,20 @@ from unmask.fingerprints import (
     media_of,
     read_patterns,
     read_scenes,
+    write_rows,
 )
 from unmask.prnu import correlation_peak, fingerprint, ncc, noise_residual, pce
-from unmask.profile import Profile, write_atomic
+from unmask.profile import Profile, digest, write_atomic
 from unmask.progress import track
 from unmask.pseudo_labels import recordings
 
 __all__ = [
-    "METHODS", "Compared", "cluster", "cluster_files", "cluster_rows", "controls", "fingerprint", "first_readable",
-    "judge", "matching", "ncc", "noise_residual", "pairs", "pce", "quality", "recording_rows",
+    "METHODS", "Compared", "cluster", "cluster_files", "cluster_rows", "controls", "fingerprint", "fingerprint_files",
+    "first_readable", "judge", "matching", "ncc", "noise_residual", "pairs", "pce", "quality", "recording_rows",
     "scenes_with_known_count", "separation", "settings_of", "similarities", "take",
 ]  # fmt: skip
+
+FINGERPRINTS = "fingerprints.parquet"
 
 
 def settings_of(profile: Profile, changes: Mapping[str, int | None] | None = None) -> Settings:
@@ -63,8 +70,8 @@ def take(
     """
     hulls: Mapping = {}
     if crops is not None:
-        made = CropStore(crops).settings()
-        hulls = face_hulls(read_index(crops), made["size"], made["align"])
+        made, index = CropStore(crops).settings(), read_index(crops)
+        hulls = face_hulls(index[index["item_id"].isin(manifest["item_id"])], made["size"], made["align"])
     paths = [media_path(row, manifest_path) for row in manifest.to_dict("records")]
     return extract(media_of(manifest, paths, hulls), out, settings, workers)
 
@@ -278,6 +285,53 @@ def _listed(target: Path) -> tuple[pd.DataFrame, Path]:
     return pd.DataFrame(rows, columns=list(COLUMNS)), target
 
 
+def fingerprint_files(
+    target: str | os.PathLike,
+    out: str | os.PathLike,
+    settings: Settings,
+    crops: str | os.PathLike | None = None,
+    workers: int = 1,
+    shard: tuple[int, int] = (0, 1),
+) -> pd.DataFrame:
+    """Fingerprints of the media of a manifest or below a folder into the folder `out`; a row per medium, failures too.
+
+    `shard=(i, n)` does every n-th medium from the i-th on. The call that completes the last shard writes
+    fingerprints.parquet, with which `cluster_files` goes on; others return their own rows and name the shards that are
+    still to do. Stopped at any point, the same call goes on where it was. Raises ManifestError for a target without
+    media and ShareError if another process is doing the same shard.
+    """
+    target, out, (number, of) = Path(target).resolve(), Path(out), shard
+    manifest, where = _listed(target)
+    items = manifest["item_id"].tolist()
+    stamp = digest([asdict(settings), SOURCE])
+    with Journal(out / "shards", shard, stamp) as journal:
+        journal.resume([])  # `take` knows what is done; rows come from there
+        rows = take(manifest.iloc[number::of], where, out, settings, crops, workers)
+        journal.add(((row["item_id"],), row) for row in rows.to_dict("records"))
+        journal.finish()
+    found, to_do = gather(out / "shards", of, stamp, items)
+    if to_do:
+        print(f"Still to do: {name_shards(to_do, of)}. The last of them writes {FINGERPRINTS}.", file=sys.stderr)
+        return rows
+    rows = pd.DataFrame(found, columns=rows.columns)
+    write_rows(rows, out / FINGERPRINTS)
+    return rows
+
+
+def _fingerprints(folder: Path, manifest: pd.DataFrame) -> pd.DataFrame:
+    """The rows that `fingerprint_files` left for the media of a manifest. Raises FingerprintError."""
+    again = "Run `unmask fingerprints` for the same media to its end first."
+    if not (folder / FINGERPRINTS).is_file():
+        raise FingerprintError(f"There is no {FINGERPRINTS} in {folder}. {again}")
+    try:
+        rows = pd.read_parquet(folder / FINGERPRINTS)
+    except (OSError, ValueError) as error:  # ValueError: what pyarrow raises for bytes that are no Parquet
+        raise FingerprintError(f"{folder / FINGERPRINTS} is damaged. {again}") from error
+    if rows["item_id"].tolist() != manifest["item_id"].tolist():
+        raise FingerprintError(f"The fingerprints in {folder} are of other media. {again}")
+    return rows
+
+
 def cluster_files(
     target: str | os.PathLike,
     out: str | os.PathLike,
@@ -285,20 +339,24 @@ def cluster_files(
     crops: str | os.PathLike | None = None,
     method: str = "linkage",
     workers: int = 1,
+    fingerprints: str | os.PathLike | None = None,
 ) -> pd.DataFrame:
     """Cluster the media of a manifest or below a folder by camera; returns a row per medium, failures too.
 
     Writes `out` (CSV: path as in the manifest or below the folder, cluster; -1 = unattributed or unreadable), beside
-    it a JSON that says why, and a folder with the fingerprints, from which a stopped call goes on. Raises
-    ManifestError for a target without media.
+    it a JSON that says why, and a folder with the fingerprints, from which a stopped call goes on. `fingerprints`: the
+    folder that `fingerprint_files` filled; nothing is decoded then, and `settings`, `crops` and `workers` do not count.
+    Raises ManifestError for a target without media, and FingerprintError for a folder that is of other media or not
+    complete.
     """
     target, out = Path(target).resolve(), Path(out)
     manifest, where = _listed(target)
-    rows = take(manifest, where, out.with_suffix(".fingerprints"), settings, crops, workers)
-    buckets = similarities(out.with_suffix(".fingerprints"), rows)
+    folder = Path(fingerprints) if fingerprints else out.with_suffix(".fingerprints")
+    rows = _fingerprints(folder, manifest) if fingerprints else take(manifest, where, folder, settings, crops, workers)
+    buckets = similarities(folder, rows)
     rows = rows.assign(path=manifest["path"].tolist(), cluster=cluster_rows(buckets, len(rows), method))
     shown = rows.drop(columns=["item_id", "seconds"]).to_dict("records")
-    document = {"method": method, "settings": vars(settings), "media": shown}
+    document = {"method": method, "settings": None if fingerprints else vars(settings), "media": shown}
     write_atomic(out.with_suffix(".json"), json.dumps(document, indent=1, default=int) + "\n")
     write_atomic(out, rows[["path", "cluster"]].to_csv(index=False))
     return rows

@@ -14,6 +14,7 @@ VARIANTS = ("convnext", "convnext-fusion", "convnext-frequency", "residual")
 HEADS = ("mean", "gru", "transformer")
 CLIPS = ("ufd", "clip-nn", "lntune", "coop", "cocoop", "clip-adapter", "clip-finetune")
 ADAPTED = ("d2st", "st-adapter")
+MOST_ROWS = 1000  # of scores that are shown; the file has all
 LARE = "clip-lare:"  # and a cell of the fusion matrix, F0 to F5c, alone or followed by -text
 
 
@@ -91,15 +92,25 @@ def cluster(options: argparse.Namespace) -> int:
     profile = _profile(options)
     settings = settings_of(profile, {"frames": options.frames, "crop": options.crop})
     method = options.method or profile.cameras.method
-    rows = cluster_files(
-        options.media, options.out, settings, options.crops, method, options.workers or profile.workers
-    )
+    workers = options.workers or profile.workers
+    rows = cluster_files(options.media, options.out, settings, options.crops, method, workers, options.fingerprints)
     known = rows.loc[rows["cluster"] >= 0, "cluster"]
     failed = int((rows["status"] == "failed").sum())
     print(
         f"{len(rows)} media: {known.nunique()} cameras, {len(rows) - len(known) - failed} unattributed, {failed} failed"
     )
     print(f"{options.out}; why and how: {options.out.removesuffix('.csv')}.json")
+    return 0
+
+
+def fingerprints(options: argparse.Namespace) -> int:
+    from unmask.camera_clustering import fingerprint_files, settings_of
+
+    profile = _profile(options)
+    settings = settings_of(profile, {"frames": options.frames, "crop": options.crop})
+    workers = options.workers or profile.workers
+    rows = fingerprint_files(options.media, options.out, settings, options.crops, workers, options.shard)
+    print(f"{len(rows)} media, {int((rows['status'] == 'failed').sum())} failed: {options.out}")
     return 0
 
 
@@ -170,8 +181,9 @@ def score(options: argparse.Namespace) -> int:
     if len(options.checkpoint) != 1 or options.panel:
         raise ProfileError("Without --explain, give one --checkpoint and no --panel.")
     given = options.media, options.checkpoint[0], options.out, options.locator, options.workers or 1
-    table = score_media(*given, model=options.model)
-    print(table.to_string(index=False))
+    table = score_media(*given, model=options.model, shard=options.shard)
+    if len(table) <= MOST_ROWS:
+        print(table.to_string(index=False))
     print(f"{int((table['status'] == 'ok').sum())} of {len(table)} scored: {options.out}")
     return 0
 
@@ -183,6 +195,8 @@ def _explained(options: argparse.Namespace) -> int:
 
     if options.model:
         raise ProfileError("--model is for a detector that reads LaRE maps, which --explain does not make.")
+    if options.shard != (0, 1):
+        raise ProfileError("--shard is for scores; --explain judges all media that it is given in one call.")
     if options.panel and options.checkpoint:
         raise ProfileError("Give --panel or --checkpoint: a panel names its own checkpoints.")
     if options.checkpoint:
@@ -305,6 +319,13 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _shard_option(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--shard", type=_shard, default=(0, 1), metavar="I/N",
+        help="do every N-th item from the I-th on; the last shard to end joins all (default: everything)",
+    )  # fmt: skip
+
+
 def _export_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("checkpoint", metavar="CKPT_DIR", help="the folder that `unmask train` left")
     sub.add_argument(
@@ -372,10 +393,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--locator", choices=["annotations", "yunet", "uniface", "haar"],
         help="what finds the faces: annotations (of the world), yunet, uniface or haar (default: the profile's)",
     )  # fmt: skip
-    sub.add_argument(
-        "--shard", type=_shard, default=(0, 1), metavar="I/N",
-        help="do every N-th item from the I-th on; the last shard to end joins all (default: everything)",
-    )  # fmt: skip
+    _shard_option(sub)
     sub.add_argument("--workers", type=_positive, help="processes (default: the profile's)")
     sub = command(
         cluster, "Group pictures and videos by the camera that took them; how many cameras need not be known."
@@ -388,6 +406,19 @@ def build_parser() -> argparse.ArgumentParser:
         "--method", choices=["linkage", "spectral", "consensus"], help="of clustering (default: the profile's)"
     )
     sub.add_argument("--crops", metavar="DIR", help="the folder that `unmask preprocess` filled, to leave faces out")
+    sub.add_argument(
+        "--fingerprints", metavar="DIR", help="the folder that `unmask fingerprints` filled: nothing is decoded again"
+    )
+    sub.add_argument("--workers", type=_positive, help="processes (default: the profile's)")
+    sub = command(
+        fingerprints, "Take the camera fingerprints of media for `unmask cluster`, by several jobs if need be."
+    )
+    sub.add_argument("media", metavar="MANIFEST_OR_FOLDER", help="whose fingerprints are taken")
+    sub.add_argument("out", metavar="OUT", help="the folder they go to; what is there already is not done again")
+    sub.add_argument("--crop", type=_positive, help="pixels of the frame's centre (default: the profile's)")
+    sub.add_argument("--frames", type=_positive, help="frames per video (default: the profile's)")
+    sub.add_argument("--crops", metavar="DIR", help="the folder that `unmask preprocess` filled, to leave faces out")
+    _shard_option(sub)
     sub.add_argument("--workers", type=_positive, help="processes (default: the profile's)")
     sub = command(unsupervised, "Detection without labels, stage by stage; the stages share the folder --out.")
     sub.add_argument(
@@ -439,6 +470,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--locator", choices=["yunet", "uniface", "haar"], help="default: yunet if its weights are here, else haar"
     )
     sub.add_argument("--model", metavar="DIR", help="for a detector that reads LaRE maps: the diffusion model's folder")
+    _shard_option(sub)
     sub.add_argument("--workers", type=_positive, help="processes (default 1)")
     sub = command(panel, "Calibrate detectors on validation media, to judge together (`unmask score --explain`).")
     sub.add_argument("checkpoints", nargs="+", metavar="CKPT_DIR", help="folders that `unmask train` left")
@@ -474,7 +506,7 @@ def _expected_errors() -> tuple[type[Exception], ...]:
         "unmask.training": "TrainingError", "unmask.detectors.base": "CheckpointError",
         "unmask.evaluation": "ScoreError", "unmask.fingerprints": "FingerprintError", "unmask.lare": "LareError",
         "unmask.export": "ExportError", "unmask.panel": "PanelError", "unmask.downloads": "DownloadError",
-        "unmask.detectors.clip_backbone": "BackboneError",
+        "unmask.detectors.clip_backbone": "BackboneError", "unmask.data.journals": "ShareError",
     }.items():  # fmt: skip
         if module in sys.modules:  # an error can only come from a module that was imported
             errors.append(getattr(sys.modules[module], name))

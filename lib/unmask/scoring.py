@@ -1,10 +1,12 @@
 """Scores: a checkpoint applied to crops, or straight to media files."""
 
+import itertools
 import json
 import os
+import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -16,16 +18,20 @@ from torch.utils.data import default_collate
 from unmask import lare_maps, sbi
 from unmask.clip_views import FIXED, Views
 from unmask.data.crops import CropStore, read_index
-from unmask.data.faces import LocatorError, find_yunet
-from unmask.data.manifest import COLUMNS, item_id, write_manifest
-from unmask.data.tree import kind_of
+from unmask.data.faces import build_locator
+from unmask.data.journals import Journal, gather, in_turn, name_shards, path_of
+from unmask.data.manifest import write_manifest
 from unmask.detectors import base
 from unmask.evaluation import ScoreError
 from unmask.lare import Settings, extract
+from unmask.media import best_locator, expand, placeholder_manifest, printable
 from unmask.preprocessing import preprocess
-from unmask.profile import write_atomic
+from unmask.profile import digest, write_atomic
 from unmask.progress import track
 from unmask.training import device
+
+AT_ONCE = 128  # media whose crops are on the disk together, and that a killed call may have to do again
+REPORT = ["path", "status", "score", "reason", "frames", "faces", "decoder"]
 
 
 def frame_images(store: CropStore, rows: pd.DataFrame, spec: base.InputSpec) -> np.ndarray:
@@ -71,14 +77,20 @@ def _probabilities(
     return torch.sigmoid(logits.double()).cpu().numpy()
 
 
+def _batches(index: pd.DataFrame, batch: int | None) -> list[range]:
+    """Positions of sorted index rows, `batch` at a time; None: those of an item at a time."""
+    ends = [*range(0, len(index), batch), len(index)] if batch else [0, *index.groupby("item_id").size().cumsum()]
+    return [range(start, stop) for start, stop in itertools.pairwise(ends) if start < stop]
+
+
 def _score_frames(
-    detector: base.Detector, store: CropStore, index: pd.DataFrame, batch: int, lare: str | os.PathLike | None
+    detector: base.Detector, store: CropStore, index: pd.DataFrame, batch: int | None, lare: str | os.PathLike | None
 ) -> pd.DataFrame:
     """P(fake) of every crop and, with frame -1, of every item (mean over its frames)."""
     probabilities, spec = [], replace(detector.input_spec, still=False)  # each frame is a clip of its own
     views = Views(store, index, detector.input_spec.size, 0, lare) if detector.extras else None
-    for start in track(range(0, len(index), batch), label="scoring, batches"):
-        rows, extras = range(start, min(start + batch, len(index))), {}
+    for rows in track(_batches(index, batch), label="scoring, batches"):
+        extras = {}
         if views:  # the same pictures, with what belongs to them
             samples = default_collate([views[FIXED, i, 0] for i in rows])
             images, extras = samples["image"].numpy(), {name: samples[name].unsqueeze(1) for name in detector.extras}
@@ -116,11 +128,14 @@ def score_crops(
     detector: base.Detector,
     store: CropStore,
     index: pd.DataFrame,
-    batch: int = 64,
+    batch: int | None = 64,
     lare: str | os.PathLike | None = None,
 ) -> pd.DataFrame:
     """P(fake) of every item with frame -1, and before that of every crop if the detector judges single frames: columns
     item_id, frame, score. A detector of clips gives none for single frames.
+
+    batch: crops at a time; None takes those of one item, so that its score does not depend on the others, not even in
+    the last digits.
 
     lare: folder of the crops' LaRE maps, for a detector that reads them. LareError where one is missing.
     """
@@ -147,53 +162,6 @@ def score_table(
     return score_crops(detector, store, index).assign(**run).astype({"seed": "int32"})
 
 
-def expand(media: Iterable[str | os.PathLike]) -> Iterator[Path]:
-    """Files as they are, folders as all visible files below (an empty one as itself, to be reported), each once."""
-    seen = set()
-    for given in map(Path, media):
-        below = sorted(p for p in given.rglob("*") if p.is_file() and not _hidden(p.relative_to(given)))
-        for path in below or [given]:
-            if (absolute := path.absolute()) not in seen:
-                seen.add(absolute)
-                yield path
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def best_locator() -> str:
-    """The best face locator whose weights are here: yunet, else haar."""
-    try:
-        find_yunet()
-    except LocatorError:
-        return "haar"
-    return "yunet"
-
-
-def placeholder_manifest(paths: list[Path], links: Path) -> pd.DataFrame:
-    """A manifest for media nobody labelled; label, method and split are only placeholders that nothing reads.
-
-    Each medium is listed as a numbered link in `links`: a manifest cannot hold names that are not UTF-8, disks can.
-    """
-    rows = [dict.fromkeys(COLUMNS, "") for _ in paths]
-    links.mkdir()
-    for i, (row, path) in enumerate(zip(rows, paths, strict=True)):
-        link = links / f"{i:06d}"
-        link.symlink_to(path.absolute())
-        identity = item_id("media", link.name)
-        row |= {
-            "item_id": identity, "root": links.name, "path": link.name, "dataset": "media", "split": "test", "label": 0,
-            "kind": kind_of(path.name), "method": "real", "group_id": identity,
-        }  # fmt: skip
-    return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"label": "int8"})
-
-
-def printable(path: Path) -> str:
-    """The path as text that can be stored, whatever bytes its name has."""
-    return str(path).encode("utf-8", "backslashreplace").decode()
-
-
 def _maps(card: dict, manifest: Path, crops: Path, out: Path, model: str | os.PathLike | None) -> pd.DataFrame:
     """Make LaRE maps of crops as those that a checkpoint learned from, in the folder `out`; returns their index."""
     settings = Settings(**card["lare"]["settings"])
@@ -216,6 +184,60 @@ def _load(checkpoint: str | os.PathLike) -> tuple[base.Detector, dict]:
     return onnx_detector.load(checkpoint)
 
 
+def _report(rows: Sequence[Mapping]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=REPORT).astype({"score": float})
+
+
+def _key(path: Path) -> tuple[str, str]:
+    """Which file, and that it has not changed since."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return printable(path), ""
+    return printable(path), f"{stat.st_size}:{stat.st_mtime_ns}"
+
+
+@dataclass(frozen=True)
+class _Job:
+    """All that decides about the rows of media."""
+
+    detector: base.Detector
+    card: Mapping
+    locator: str
+    workers: int
+    deadline: float
+    model: str | os.PathLike | None
+
+    def stamp(self) -> str:
+        """Changes with whatever changes a row."""
+        given = [self.card["sha256"], self.card["preprocessing"], self.deadline, str(self.model or "")]
+        return digest([*given, build_locator(self.locator).hash])
+
+    def rows(self, paths: Sequence[Path]) -> list[dict]:
+        """A row of the JSON for each of some media; each depends on its own medium alone."""
+        with tempfile.TemporaryDirectory() as folder:
+            manifest, crops = Path(folder) / "manifest.parquet", Path(folder) / "crops"
+            df = placeholder_manifest(list(paths), Path(folder) / "media")
+            write_manifest(df, manifest)
+            how = {"locator": self.locator, "workers": self.workers, "deadline": self.deadline}
+            items = preprocess(manifest, crops, **how, **self.card["preprocessing"])
+            index, maps = read_index(crops), None
+            if "lare" in self.detector.extras:
+                made = _maps(self.card, manifest, crops, maps := Path(folder) / "maps", self.model)
+                index = index.merge(made.loc[made["status"] == "ok", ["item_id", "frame"]])
+            scores = score_crops(self.detector, CropStore(crops), index, batch=None, lare=maps)
+        unmapped = (items["status"] == "ok") & ~items["item_id"].isin(scores["item_id"])
+        items.loc[unmapped, ["status", "reason"]] = "failed", "no LaRE map is finite"
+        table = df[["item_id"]].assign(path=[printable(p) for p in paths]).merge(items, on="item_id", how="left")
+        table = table.merge(scores.loc[scores["frame"] == -1, ["item_id", "score"]], on="item_id", how="left")
+        single = scores[scores["frame"] >= 0].assign(frame=lambda df: df["frame"].astype(str))
+        frames = {k: g.set_index("frame")["score"].round(6).to_dict() for k, g in single.groupby("item_id")}
+        return [
+            {**row, "score": None if np.isnan(row["score"]) else row["score"], "frame_scores": frames.get(identity, {})}
+            for identity, row in zip(table["item_id"], table[REPORT].to_dict("records"), strict=True)
+        ]
+
+
 def score_media(
     media: Iterable[str | os.PathLike],
     checkpoint: str | os.PathLike,
@@ -224,15 +246,19 @@ def score_media(
     workers: int = 1,
     deadline: float = 30.0,
     model: str | os.PathLike | None = None,
+    shard: tuple[int, int] = (0, 1),
 ) -> pd.DataFrame:
     """Score files and folders with a checkpoint; one row per input, failures too, in the order given.
 
     checkpoint: a folder, or an ONNX file that `unmask export` wrote. Writes `out` (CSV: path, status ok|failed, score =
     P(fake), reason, frames, faces, decoder) and beside it a JSON with the score of every frame. model: for a detector
-    that reads LaRE maps, the folder of the diffusion model, in place of where its own came from. Raises CheckpointError
-    for the checkpoint, LocatorError for the locator and LareError for the model.
+    that reads LaRE maps, the folder of the diffusion model, in place of where its own came from. Rows are kept in a
+    hidden folder beside `out` while they are made, from which a stopped call goes on. `shard=(i, n)` does every n-th
+    file from the i-th on; the call that completes the last shard writes `out`, others return their own rows and name
+    the shards that are still to do. Raises CheckpointError for the checkpoint, LocatorError for the locator, LareError
+    for the model and ShareError if another process is doing the same.
     """
-    document_path = Path(out).with_suffix(".json")
+    document_path, (number, of) = Path(out).with_suffix(".json"), shard
     if document_path == Path(out):
         raise ScoreError(
             f"{out} would be overwritten by the JSON beside it; give the table another ending, such as .csv."
@@ -240,31 +266,25 @@ def score_media(
     detector, card = _load(checkpoint)
     if "preprocessing" not in card:
         raise base.CheckpointError(f"The checkpoint in {checkpoint} does not say how its crops were made; train anew.")
-    paths = list(expand(media))
-    with tempfile.TemporaryDirectory() as folder:
-        manifest, crops = Path(folder) / "manifest.parquet", Path(folder) / "crops"
-        df = placeholder_manifest(paths, Path(folder) / "media")
-        write_manifest(df, manifest)
-        chosen = locator or best_locator()
-        items = preprocess(manifest, crops, locator=chosen, workers=workers, deadline=deadline, **card["preprocessing"])
-        index, maps = read_index(crops), None
-        if "lare" in detector.extras:
-            made = _maps(card, manifest, crops, maps := Path(folder) / "maps", model)
-            index = index.merge(made.loc[made["status"] == "ok", ["item_id", "frame"]])
-        scores = score_crops(detector, CropStore(crops), index, lare=maps)
-    unmapped = (items["status"] == "ok") & ~items["item_id"].isin(scores["item_id"])
-    items.loc[unmapped, ["status", "reason"]] = "failed", "no LaRE map is finite"
-    table = df[["item_id"]].assign(path=[printable(p) for p in paths]).merge(items, on="item_id", how="left")
-    table = table.merge(scores.loc[scores["frame"] == -1, ["item_id", "score"]], on="item_id", how="left")
-    report = table[["path", "status", "score", "reason", "frames", "faces", "decoder"]]
+    made = {Path(out).absolute(), document_path.absolute()}  # by an earlier call, perhaps into a folder of media
+    paths = [path for path in expand(media) if path.absolute() not in made]
+    job = _Job(detector, card, locator or best_locator(), workers, deadline, model)
+    parts, stamp = Path(out).with_name(f".{Path(out).name}.parts"), job.stamp()
+    own = [(_key(path), path) for path in paths[number::of]]
+    with Journal(parts, shard, stamp) as journal:
+        done = journal.resume([key for key, _ in own])
+        for start in track(range(done, len(own), AT_ONCE), label=f"scoring, {AT_ONCE} media at a time"):
+            keys, some = zip(*own[start : start + AT_ONCE], strict=True)
+            journal.add(zip(keys, job.rows(some), strict=True))
+        journal.finish()
+    rows, to_do = gather(parts, of, stamp, [printable(path) for path in paths])
+    if to_do:
+        print(f"Still to do: {name_shards(to_do, of)}. The last of them writes {out}.", file=sys.stderr)
+        return _report([line["row"] for _, line in in_turn([path_of(parts, number, of)]) if "row" in line])
+    report = _report(rows)
     write_atomic(out, report.to_csv(index=False, float_format="%.6f"))
-    per_frame = {
-        k: g.set_index("frame")["score"].round(6).to_dict() for k, g in scores[scores["frame"] >= 0].groupby("item_id")
-    }
-    rows = [
-        {**row, "score": None if np.isnan(row["score"]) else row["score"], "frame_scores": per_frame.get(identity, {})}
-        for identity, row in zip(table["item_id"], report.to_dict("records"), strict=True)
-    ]
-    document = {"checkpoint": str(checkpoint), "sha256": card["sha256"], "locator": chosen, "media": rows}
+    document = {"checkpoint": str(checkpoint), "sha256": card["sha256"], "locator": job.locator, "media": rows}
     write_atomic(document_path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    if of == 1:
+        journal.remove()
     return report

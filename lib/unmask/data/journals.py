@@ -5,6 +5,7 @@ after the item's row has reached the disk, and becomes `I-of-N.jsonl` when all a
 on after the last whole line.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -20,7 +21,7 @@ class ShareError(RuntimeError):
 
 
 def lines(file: Iterable[bytes]) -> Iterator[tuple[dict, int]]:
-    """Lines of a journal, and bytes of each; a line cut off by a kill or a full disk, and what follows, do not count."""
+    """Lines of a journal, and bytes of each; a line that a kill spoilt, and what follows it, do not count."""
     for line in file:
         try:
             found = json.loads(line) if line.endswith(b"\n") else None
@@ -131,6 +132,13 @@ class Journal:
         """Give the journal its final name. Does nothing for a share that was complete already."""
         if self._file is not None:
             os.replace(self.part, self.path)
+
+    def remove(self) -> None:
+        """Delete a journal that was read, and its folder if nothing else is in it."""
+        for path in (self.path, self.path.with_suffix(".lock")):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.path.parent.rmdir()
 
 
 def gather(folder: str | os.PathLike, of: int, stamp: str, identities: Sequence[str]) -> tuple[list[dict], list[int]]:
