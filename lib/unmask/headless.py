@@ -20,6 +20,7 @@ from nbclient.exceptions import DeadKernelError
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
+from unmask import jobstep
 from unmask.profile import ChapterEnds, write_json
 from unmask.progress import MARK, clock
 
@@ -138,6 +139,8 @@ def run_notebook(notebook: Path, work: Path, parameters: dict[str, str], fingerp
             _mark(results, fingerprint)
             say(f"{chapter}: done in {reporter.elapsed()}")
             return
+        if jobstep.stopping():
+            raise HeadlessError(f"{chapter}: {error.evalue}") from None
         cell = f"cell {error.cell_index + 1}/{cells} (In [{error.exec_count}])"
         raise HeadlessError(_failure(reporter, cell, f"{error.ename}: {error.evalue}", executed, log)) from None
     except DeadKernelError:

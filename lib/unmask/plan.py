@@ -26,12 +26,13 @@ class Chapter:
     """A notebook of the study: `stem` such as 05_convnext, the chapters it `needs`, and the profile `keys` it reads.
 
     `keys` are top-level keys; a change of one reruns this chapter and those that need it. Keys that only a needed
-    chapter reads are not repeated.
+    chapter reads are not repeated. `gpu` says that it computes with networks, so that on a cluster it asks for a GPU.
     """
 
     stem: str
     needs: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
+    gpu: bool = False
 
     @property
     def number(self) -> str:
@@ -123,6 +124,7 @@ def make_plan(profile: Profile, chapters: Sequence[Chapter], root: Path) -> dict
             "needs": [steps[need]["results"] for need in chapter.needs],
             "results": str(work / "results" / f"{chapter.stem}.json"),
             "fingerprint": digest(made_from),
+            "gpu": chapter.gpu,
         }
     for chapter in reversed(chapters):  # what most others wait for goes first
         waiting = [steps[other.stem]["priority"] for other in chapters if chapter.stem in other.needs]

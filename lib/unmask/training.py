@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from sklearn.metrics import roc_auc_score
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from unmask import hulls, optim, pairs, sbi
+from unmask import hulls, jobstep, optim, pairs, sbi
 from unmask.data.crops import CropStore, read_index
 from unmask.data.manifest import read_manifest
 from unmask.detectors import base, frequency
@@ -168,13 +168,18 @@ def precision() -> str:
 
 
 def save_state(path: Path, state: dict) -> None:
-    """Write what an interrupted training needs to go on, atomically, and beside it when this epoch ended (TIMES)."""
+    """Write what an interrupted training needs to go on, atomically, and beside it when this epoch ended (TIMES).
+
+    Raises TrainingError where the job that this runs in is to stop at its next checkpoint (see `jobstep`).
+    """
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_atomic(path, buffer.getvalue())
     times, epochs = path.with_name(TIMES), len(state["history"])
     ended = json.loads(times.read_text(encoding="utf-8"))[: epochs - 1] if epochs > 1 and times.exists() else []
     write_atomic(times, json.dumps([*ended, *[None] * (epochs - 1 - len(ended)), round(time.time(), 3)]) + "\n")
+    if jobstep.stopping():
+        raise TrainingError(jobstep.STOPPED)
 
 
 def seconds_of(folder: str | os.PathLike) -> float:

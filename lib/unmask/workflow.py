@@ -23,6 +23,7 @@ from typing import Any
 
 import yaml
 
+from unmask import slurm
 from unmask.catalogue import maker
 from unmask.plan import Chapter, WorkflowError, make_plan, out_of_date
 from unmask.profile import ROOT, Profile, ProfileError, load_profile, parse_changes, write_atomic
@@ -32,31 +33,42 @@ CHAPTERS = (
     Chapter("00_data", keys=("data", "world", "seed")),
     Chapter("01_preprocessing", needs=("00_data",), keys=("preprocess",)),
     Chapter("02_camera_clustering", needs=("01_preprocessing",), keys=("cameras", "seed")),
-    Chapter("03_unsupervised", needs=("02_camera_clustering",), keys=("unsupervised", "evaluate", "seed", "seeds")),
+    Chapter(
+        "03_unsupervised", needs=("02_camera_clustering",), keys=("unsupervised", "evaluate", "seed", "seeds"), gpu=True
+    ),
     Chapter("04_sbi", needs=("01_preprocessing",), keys=("sbi",)),
-    Chapter("05_convnext", needs=("01_preprocessing",), keys=("sbi", "convnext", "train", "seed", "seeds")),
+    Chapter("05_convnext", needs=("01_preprocessing",), keys=("sbi", "convnext", "train", "seed", "seeds"), gpu=True),
     Chapter(
         "06_temporal",
         needs=("05_convnext",),
         keys=("sbi", "convnext", "train", "temporal", "evaluate", "preprocess", "seed", "seeds"),
+        gpu=True,
     ),
-    Chapter("07_clip_prompts", needs=("01_preprocessing",), keys=("clip", "preprocess", "evaluate", "seed", "seeds")),
+    Chapter(
+        "07_clip_prompts",
+        needs=("01_preprocessing",),
+        keys=("clip", "preprocess", "evaluate", "seed", "seeds"),
+        gpu=True,
+    ),
     Chapter(
         "08_clip_d2st",
         needs=("07_clip_prompts",),
         keys=("sbi", "clip", "d2st", "preprocess", "evaluate", "seed", "seeds"),
+        gpu=True,
     ),
     Chapter(
         "09_cross_dataset",
         needs=("03_unsupervised", "06_temporal", "07_clip_prompts", "08_clip_d2st"),
         keys=("evaluate", "robustness", "preprocess", "seed", "seeds"),
+        gpu=True,
     ),
     Chapter(
         "10_ablation",
         needs=("03_unsupervised", "06_temporal", "07_clip_prompts", "08_clip_d2st"),
         keys=("sbi", "convnext", "train", "temporal", "ablation", "evaluate", "seed", "seeds"),
+        gpu=True,
     ),
-    Chapter("11_authenticate", needs=("09_cross_dataset",), keys=("preprocess", "evaluate")),
+    Chapter("11_authenticate", needs=("09_cross_dataset",), keys=("preprocess", "evaluate"), gpu=True),
 )
 
 
@@ -116,7 +128,10 @@ def exclusive(root: Path) -> Iterator[int]:
 
 
 class Progress:
-    """Turns the output of a Snakemake run into lines for a person, keeping all of it in a log file."""
+    """Turns the output of a Snakemake run into lines for a person, keeping all of it in a log file.
+
+    Chapters tell of themselves (MARK); of those that run as jobs on a cluster, Snakemake tells.
+    """
 
     def __init__(self, log: Path):
         self.log = log
@@ -125,6 +140,7 @@ class Progress:
         self.done: list[str] = []
         self.told_failure = False
         self.tail: list[str] = []
+        self.jobs: dict[str, Path] = {}
 
     def follow(self, lines: Iterator[str]) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -136,16 +152,24 @@ class Progress:
                     self._tell(line.removeprefix(MARK).rstrip())
                 elif planned := re.match(r"chapter_(\S+)\s+1$", line):
                     self.planned.add(planned[1])
+                elif submitted := re.search(r"SLURM jobid (\d+) \(log: (.*/rule_chapter_([^/]+)/.*)\)", line):
+                    job, log, chapter = submitted.groups()
+                    self.jobs[chapter] = Path(log)
+                    self._tell(f"{chapter}: job {job}")
+                elif self.jobs and (ended := re.match(r"Finished jobid: \d+ \(Rule: chapter_(\S+)\)", line)):
+                    self._tell(f"{ended[1]}: done")
+                elif self.jobs and (failed := re.match(r"Error in rule chapter_([^:\s]+)", line)):
+                    self._tell_job_failure(failed[1])
                 elif line.strip():
                     self.tail = [*self.tail[-14:], line.rstrip()]
 
     def _tell(self, line: str) -> None:
         chapter, _, what = line.partition(": ")
-        if what == "started":
+        if what == "started" or what.startswith("job "):
             self.started.append(chapter)
             left = len(self.planned) - len(self.started)
-            what = f"started ({left} more after it)" if left > 0 else "started (the last one)"
-        elif what.startswith("done in"):
+            what += f" ({left} more after it)" if left > 0 else " (the last one)"
+        elif what.startswith("done"):
             self.done.append(chapter)
         elif what.startswith("failed"):
             self.told_failure = True
@@ -154,21 +178,38 @@ class Progress:
             line = f"[{position}/{len(self.planned)}] {chapter}: {what}"
         print(line, flush=True)
 
+    def _tell_job_failure(self, chapter: str) -> None:
+        # What the chapter said last, as a local one would have said it here; none if it never started.
+        log = self.jobs[chapter]
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+        said = [line.removeprefix(MARK) for line in lines if line.startswith(MARK)]
+        start = max((i for i, line in enumerate(said) if line.startswith(f"{chapter}: ")), default=len(said))
+        for line in said[start:] or [f"{chapter}: failed"]:
+            self._tell(line)
+        print(f"  job's output: {log}", flush=True)
 
-def snakemake_command(plan_file: Path, root: Path, jobs: int, forced: list[str], targets: list[str]) -> list[str]:
+
+def snakemake_command(
+    plan_file: Path, root: Path, options: argparse.Namespace, forced: list[str], targets: list[str]
+) -> list[str]:
     """The Snakemake call of a run; `forced` are rule names, no `targets` means the whole study."""
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(root / "Snakefile"), "--directory", str(root)]
-    command += ["--config", f"plan={plan_file}", "--cores", str(jobs), "--rerun-incomplete", "--nocolor"]
+    command += ["--rerun-incomplete", "--nocolor", "--config", f"plan={plan_file}"]
+    if options.slurm:
+        command += [f"gres={slurm.gres()}", *slurm.options(root, options.jobs)]
+    else:
+        command += ["--cores", str(options.jobs or 1)]
     if forced:
         command += ["--forcerun", *forced]
     return [*command, "--", *targets] if targets else command
 
 
-def job_environment(jobs: int) -> dict[str, str]:
+def job_environment(options: argparse.Namespace) -> dict[str, str]:
     """The environment of the jobs: this interpreter as python3, and the cores shared out among them."""
     environment = dict(os.environ)
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // jobs)))
+    if not options.slurm:  # there each has the cores that it asked for (`unmask.jobstep`)
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // (options.jobs or 1))))
     environment["PYTHONUNBUFFERED"] = "1"
     return environment
 
@@ -184,8 +225,8 @@ def run_study(
     """Run what has to be run, showing progress; returns the exit code."""
     start = time.monotonic()
     progress = Progress(root / plan["work"] / "logs" / "snakemake.log")
-    command = snakemake_command(root / plan["work"] / "plan.json", root, options.jobs, forced, targets)
-    environment = job_environment(options.jobs)
+    command = snakemake_command(root / plan["work"] / "plan.json", root, options, forced, targets)
+    environment = job_environment(options)
     _clear_stale_lock(command, root)
     with subprocess.Popen(
         command,
@@ -228,7 +269,8 @@ def dry_run(
     """Print which notebooks would run and why; leaves the run's files alone."""
     with tempfile.TemporaryDirectory() as folder:
         plan_file = write_atomic(Path(folder) / "plan.json", json.dumps(plan))
-        command = snakemake_command(plan_file, root, options.jobs, forced, targets)
+        options.slurm = False  # what would run is the same, and the cluster need not be asked
+        command = snakemake_command(plan_file, root, options, forced, targets)
         command.insert(3, "--dry-run")
         result = subprocess.run(command, cwd=root, capture_output=True, text=True)
     output = result.stdout + result.stderr
@@ -292,9 +334,10 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--from", dest="start", metavar="NN", help="run all chapters from this number on again")
     parser.add_argument("--list", action="store_true", help="list the chapters and their state")
     parser.add_argument("--dry-run", action="store_true", help="say what would run, and why")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="notebooks at a time (default 1)")
+    parser.add_argument("--jobs", type=int, metavar="N", help="notebooks at a time (default 1; --slurm: 12)")
+    parser.add_argument("--slurm", action="store_true", help="each notebook as a job of a SLURM cluster (docs/hpc.md)")
     options = parser.parse_args(arguments)
-    if options.jobs < 1:
+    if options.jobs is not None and options.jobs < 1:
         parser.error("--jobs must be at least 1")
     if options.only and options.start:
         parser.error("--only and --from exclude each other")
