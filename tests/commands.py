@@ -35,6 +35,10 @@ REPLACED = {
 } | ({} if YUNET else {"yunet": "haar", "preprocess.locator=yunet": "preprocess.locator=haar"})
 NOT_RUN = {
     "./run_tests.sh": "the tests themselves",
+    "source .venv/bin/activate": "changes the shell that it is typed in",
+    "conda env create -f environment.yaml && conda activate unmask": "needs conda and some GB of downloads",
+    "jupyter lab notebooks": "a server that does not end",
+    "accelerate launch -m unmask.cli train d2st ...": "several GPUs; the same training runs above on one process",
 }
 # Their commands need a cluster, a browser or a million videos, and have tests of their own: here they are parsed.
 PARSED = ("docs/colab.md", "docs/hpc.md", "docs/scale.md")
@@ -74,6 +78,13 @@ def commands(page: Path) -> list[str]:
     """The command lines of a page's bash blocks, without comments."""
     text = "\n".join(block.text.replace("\\\n", " ") for block in blocks(page) if block.language == "bash")
     return [line for line in (re.sub(r"(^|\s+)#.*", "", line).strip() for line in text.splitlines()) if line]
+
+
+def mentions(page: Path) -> list[str]:
+    """The commands that a page names within its sentences."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    programs = r"unmask|\./run_all\.sh|\./run_tests\.sh|(?:source|conda|jupyter|accelerate|nbdime|pip|python)(?= )"
+    return sorted(set(re.findall(rf"`((?:{programs})(?: [^`\n]+)?)`", text)))
 
 
 def small(words: list[str]) -> list[str]:

@@ -1,13 +1,16 @@
 """Every command of the README is run, in its order, on small media of the names that it uses (see `commands`)."""
 
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
-from commands import NOT_RUN, SMALL, YUNET, commands, drawn_media, pages, run_page
+from commands import NOT_RUN, SMALL, YUNET, commands, drawn_media, mentions, pages, run_page
 from conftest import SHARED
 
-from unmask import cli
+from unmask import cli, workflow
 from unmask.data.crops import read_items
 from unmask.data.manifest import read_manifest
 from unmask.detectors.base import load_checkpoint
@@ -67,7 +70,27 @@ def test_a_dry_run_of_the_study_names_chapters(home):
     assert "09_cross_dataset" in home[1]["./run_all.sh --only figure:results_auc"].said
 
 
+def test_a_command_that_is_named_in_a_sentence_exists(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(["git", "init", "-q"], check=True)
+    known = cli.build_parser()._subparsers._group_actions[0].choices
+    for command in {command for page in pages() for command in mentions(page)} - set(NOT_RUN):
+        program, *words = command.split()
+        if program == "unmask" and words:
+            assert words[0] in known, command
+            assert {word for word in words if word.startswith("--")} <= set(known[words[0]]._option_string_actions), (
+                command
+            )
+        elif program == "nbdime":
+            subprocess.run([sys.executable, "-m", "nbdime", *words], check=True)
+            assert "jupyternotebook" in Path(".git/config").read_text()
+        else:
+            assert program in ("unmask", "./run_all.sh"), f"nobody knows how to check: {command}"
+            if words:
+                workflow.parse_options(words)
+
+
 def test_the_list_of_what_is_not_run_has_reasons_and_nothing_that_vanished():
-    known = {command for page in pages() for command in commands(page)}
+    known = {command for page in pages() for command in commands(page) + mentions(page)}
     assert set(NOT_RUN) <= known and all(NOT_RUN.values())
     assert len(COMMANDS) > 30

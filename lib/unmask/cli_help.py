@@ -22,7 +22,6 @@ EXAMPLES = {
     "index": "unmask index my_media --layout folder --out manifest.parquet",
     "preprocess": "unmask preprocess manifest.parquet crops --locator yunet --set preprocess.frames=16",
     "cluster": "unmask cluster my_media --out clusters.csv",
-    "fingerprints": "unmask fingerprints my_media fingerprints --shard 0/4",
     "fingerprints": "unmask fingerprints my_media fingerprints --shard 0/16",
     "unsupervised": "unmask unsupervised --stage 1 --manifest manifest.parquet --crops crops --out unsupervised",
     "train": "unmask train convnext --manifest manifest.parquet --crops crops --out checkpoint --set train.epochs=8",
@@ -115,5 +114,5 @@ def completion_script(parser: argparse.ArgumentParser, shell: str, detectors: li
             elif name in FOLDERS or action.dest == "crops":
                 action.complete = shtab.DIRECTORY
             elif name == "DETECTOR":
-                action.choices = detectors
+                action.choices, action.help = detectors, "detector"
     return shtab.complete(parser, shell)
