@@ -4,7 +4,7 @@
 use_environment() { # [extra of pyproject.toml]
     local extra=${1:-} stamp wanted python
     local has_kit="from importlib.metadata import version; version('unmask'); version('diffusers'); version('onnxruntime')"
-    if [ -n "$extra" ]; then has_kit="$has_kit; import pytest, pywt, xdist"; fi
+    if [ -n "$extra" ]; then has_kit="$has_kit; import hypothesis, pytest, pywt, xdist"; fi
     # The code of this clone, also where an environment was installed from another one.
     local inherited=${PYTHONPATH:-}
     unset PYTHONPATH

@@ -356,7 +356,7 @@ def test_verify_compares_with_the_checkpoint_on_random_and_on_real_crops(probe, 
 @pytest.mark.parametrize(("gap", "code"), [(2e-5, 0), (2e-4, 1), (float("nan"), 1)])
 def test_the_exit_code_says_whether_it_is_close(probe, tmp_path, monkeypatch, capsys, gap, code):
     table = pd.DataFrame({"clips": "random", "batch": [1, 2, 5], "difference": [0.0, gap, 0.0]})
-    monkeypatch.setattr(export, "verify", lambda *given: table)
+    monkeypatch.setattr(export, "verify", lambda *given, own: table)
     given = ["export", str(probe[1]), "--format", "torchscript", "--out", str(tmp_path / "file"), "--verify"]
     assert cli.main(given) == code
     said = capsys.readouterr().out

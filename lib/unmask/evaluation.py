@@ -54,7 +54,7 @@ def read_scores(path: str | os.PathLike) -> pd.DataFrame:
     """Read and check a score table. Raises ScoreError."""
     try:
         table = pd.read_parquet(path)
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, TypeError, KeyError, pyarrow.ArrowException) as error:
         raise ScoreError(f"{path} cannot be read as a score table, as a detector's chapter leaves them.") from error
     return _check(table, path)
 

@@ -88,9 +88,12 @@ def _zipped(data: bytes) -> bool:
 
 
 def _entries(data: bytes) -> dict[str, bytes]:
-    """The entries of an archive by name."""
+    """The entries of an archive by name. ValueError for one that has a name twice."""
     with zipfile.ZipFile(io.BytesIO(data)) as file:
-        return {name: file.read(name) for name in file.namelist()}
+        names = file.namelist()
+        if len(set(names)) < len(names):  # readers differ in which of two they take
+            raise ValueError("an entry is there twice")
+        return {name: file.read(name) for name in names}
 
 
 def _parts(data: bytes) -> tuple[memoryview, dict[str, bytes] | None, bytes]:

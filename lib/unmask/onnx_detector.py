@@ -4,15 +4,22 @@ from pathlib import Path
 
 import onnxruntime
 import torch
+from onnxruntime.capi import onnxruntime_pybind11_state as runtime
 
 from unmask import exported
 from unmask.detectors.base import CheckpointError, Detector
+
+# What ONNX Runtime raises for a file that holds no model, or none that it can compute; they have no base of their own.
+UNUSABLE = (
+    runtime.Fail, runtime.InvalidArgument, runtime.InvalidGraph, runtime.InvalidProtobuf, runtime.NoModel,
+    runtime.NoSuchFile, runtime.NotImplemented, runtime.RuntimeException, RuntimeError, ValueError,
+)  # fmt: skip
 
 
 class OnnxDetector(Detector):
     """What `unmask export --format onnx` wrote, for scoring: clips of exactly `input_spec.frames` frames, on the CPU.
 
-    data, card: see `exported.opened`. It cannot be trained, and has no features.
+    data, card: see `exported.opened`. It cannot be trained, and has no features. Raises CheckpointError.
     """
 
     def __init__(self, data: bytes, card: dict):
@@ -21,7 +28,11 @@ class OnnxDetector(Detector):
         self.exact_frames = self.input_spec.frames > 1
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        self.session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        try:
+            self.session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        except UNUSABLE as error:
+            why = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"The model of {self.name} cannot be loaded by ONNX Runtime: {why}") from error
 
     @torch.no_grad()
     def forward(self, clips: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:

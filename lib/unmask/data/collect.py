@@ -26,7 +26,7 @@ def collect(profile: Profile, work: Path, root: Path) -> tuple[pd.DataFrame, lis
     entries = [(entry, *entry.partition("=")[::2]) for entry in profile.data.sets]
     for entry, layout, place in entries:
         if layout == "world" and place and not is_inside(place):
-            raise DatasetError(f"{entry!r} in data.sets: the world is made in a folder of the run's own, such as world=a.")
+            raise DatasetError(f"{entry!r} in data.sets: the world lies in a folder of the run's own, such as world=a.")
         if not place or layout not in {*LAYOUTS, "manifest"}:
             raise DatasetError(f"{entry!r} in data.sets is not LAYOUT=FOLDER, with {', '.join(LAYOUTS)} or manifest.")
     for position, (entry, layout, place) in enumerate(entries):

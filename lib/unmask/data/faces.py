@@ -115,8 +115,8 @@ def find_yunet() -> Path:
         if (folder / name).is_file():
             return folder / name
     raise LocatorError(
-        f"The YuNet weights are not in {folder}: `unmask fetch yunet` downloads {YUNET_FILES[1]} of opencv_zoo (without a "
-        "network it says from where, and where to put it), or point UNMASK_MODELS to the folder that holds it."
+        f"The YuNet weights are not in {folder}: `unmask fetch yunet` downloads {YUNET_FILES[1]} of opencv_zoo "
+        "(without a network it says from where, and where to put it), or point UNMASK_MODELS to the folder that has it."
     )
 
 

@@ -24,6 +24,13 @@ DEMO = "clip-demo"  # the kit's own, by this name wherever the kit lies
 WEIGHTS = Path(__file__).parents[1] / "weights"
 
 
+# What open_clip, PyTorch and NumPy raise for weights that are damaged, or another model's.
+UNLOADABLE = (
+    OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, EOFError, zipfile.BadZipFile,
+    pickle.UnpicklingError, SafetensorError,
+)  # fmt: skip
+
+
 class BackboneError(ValueError):
     """A CLIP cannot be loaded, or not so that its outputs would be those that it was trained for."""
 
@@ -162,7 +169,7 @@ def load(name: str, weights: str | None = None) -> ClipBackbone:
     try:
         with torch.random.fork_rng(devices=[]):  # it draws weights that the loaded ones then replace
             model = open_clip.create_model(_source(name), pretrained=file, require_pretrained=True)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
+    except UNLOADABLE as error:
         why = " ".join(str(error).split())[:200]  # torch lists every weight that does not fit
         raise BackboneError(f"{name} cannot be loaded with weights {weights or 'of its folder'}: {why}") from error
     if not tag and not stated and _half_precision(model):
