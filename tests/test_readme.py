@@ -55,7 +55,8 @@ def test_the_commands_leave_what_the_readme_says(home):
     assert manifest["dataset"].eq("my_media").all() and len(items) == len(manifest) == 12 * 5
     assert (items["status"] == "ok").mean() > (0.9 if YUNET else 0.3)
     scores = pd.read_csv(home / "scores.csv")
-    assert len(scores) == 1 and scores["status"].eq("ok").all(), "the last command to write it scored one clip"
+    assert len(scores) == 1, "the last command to write it scored one clip"
+    assert scores["status"].eq("ok").all() or not YUNET, "Haar may miss a drawn face"
     assert {p.name for p in (home / "verdicts").glob("*.html")} >= {"index.html"}
     kinds = {"checkpoint": "convnext", "residual": "residual", "gru": "gru", "ufd": "ufd", "d2st-3": "d2st"}
     assert {name: load_checkpoint(home / name)[0].name for name in kinds} == kinds
