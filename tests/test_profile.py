@@ -185,7 +185,7 @@ def test_write_atomic_leaves_the_old_file_when_it_fails(tmp_path):
 def test_root_is_found_from_the_working_directory_for_an_installed_package(tmp_path):
     package = tmp_path / "site" / "unmask"
     package.mkdir(parents=True)
-    for name in ("__init__.py", "profile.py"):
+    for name in ("__init__.py", "profile.py", "machine.py"):
         (package / name).write_text((ROOT / "lib" / "unmask" / name).read_text())
     command = [sys.executable, "-c", "from unmask.profile import ROOT; print(ROOT)"]
     environment = {"PYTHONPATH": str(tmp_path / "site")}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from unmask import cli_help, plugins
+from unmask.machine import advice
 from unmask.profile import Profile, ProfileError, load_profile, parse_changes
 
 # What `unmask train` takes; kept here too, so that the parser needs no PyTorch.
@@ -521,6 +522,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if isinstance(error, _expected_errors()):
             print(f"unmask: {error}", file=sys.stderr)
+            return 2
+        if what := advice(type(error).__name__, str(error)):
+            print(f"unmask: {what}", file=sys.stderr)
             return 2
         raise
 

@@ -21,6 +21,7 @@ from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
 from unmask import jobstep
+from unmask.machine import AGAIN, DiskError, advice, writing
 from unmask.profile import ChapterEnds, write_json
 from unmask.progress import MARK, clock
 
@@ -114,7 +115,8 @@ def check_parameters(notebook: Path, parameters: dict[str, str]) -> None:
 def run_notebook(notebook: Path, work: Path, parameters: dict[str, str], fingerprint: str) -> None:
     """Execute a chapter's notebook into `work` and mark its results JSON with `fingerprint`.
 
-    Raises HeadlessError naming the cell, the error and the executed copy; the results JSON is then left unmarked.
+    Raises HeadlessError naming the cell, the error and the executed copy, and OSError where nothing can be written into
+    `work`; the results JSON is then left unmarked.
     """
     check_parameters(notebook, parameters)
     chapter = notebook.stem
@@ -122,16 +124,17 @@ def run_notebook(notebook: Path, work: Path, parameters: dict[str, str], fingerp
         work / folder / f"{chapter}{suffix}"
         for folder, suffix in (("notebooks", ".ipynb"), ("logs", ".log"), ("results", ".json"))
     )
-    for path in (executed, log):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    results.unlink(missing_ok=True)
+    with writing(work):
+        for path in (executed, log):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        results.unlink(missing_ok=True)
     _use_own_kernel()
     # papermill puts the parameters it was given into a cell of their own.
     cells = len(json.loads(notebook.read_text(encoding="utf-8"))["cells"]) + bool(parameters)
     reporter = Reporter(chapter, cells)
     say(f"{chapter}: started")
     try:
-        with _logged(log, reporter):
+        with writing(work), _logged(log, reporter):
             _execute(notebook, executed, parameters, reporter)
     except PapermillExecutionError as error:
         if error.ename == ChapterEnds.__name__ and results.is_file():
@@ -142,9 +145,10 @@ def run_notebook(notebook: Path, work: Path, parameters: dict[str, str], fingerp
         if jobstep.stopping():
             raise HeadlessError(f"{chapter}: {error.evalue}") from None
         cell = f"cell {error.cell_index + 1}/{cells} (In [{error.exec_count}])"
-        raise HeadlessError(_failure(reporter, cell, f"{error.ename}: {error.evalue}", executed, log)) from None
+        reason = f"{error.ename}: {error.evalue}\n{advice(error.ename, error.evalue)}"
+        raise HeadlessError(_failure(reporter, cell, reason, executed, log)) from None
     except DeadKernelError:
-        reason = "The kernel died: most often the machine ran out of memory. A smaller profile needs less."
+        reason = f"The kernel died: most often the machine ran out of memory. A smaller profile needs less. {AGAIN}"
         raise HeadlessError(_failure(reporter, f"cell {reporter.cell}/{cells}", reason, executed, log)) from None
     finally:
         reporter.finished.set()
@@ -221,6 +225,9 @@ def main(arguments: list[str] | None = None) -> int:
         run_notebook(options.notebook, options.work, parameters, options.fingerprint)
     except HeadlessError as error:
         say(str(error))
+        return 1
+    except DiskError as error:
+        say(f"{options.notebook.stem}: failed: {error}")
         return 1
     return 0
 

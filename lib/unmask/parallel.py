@@ -6,6 +6,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
+from unmask.machine import end_with_parent
 from unmask.progress import track
 
 
@@ -15,7 +16,7 @@ def side_by_side(function: Callable, tasks: Sequence[tuple], workers: int, label
     function: one of a module, as other processes must find it.
     """
     processes = 1 if torch.cuda.is_available() else min(workers, len(tasks))
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         return list(track(pool.map(_on_one_thread, [(function, task) for task in tasks]), len(tasks), label))
 
 

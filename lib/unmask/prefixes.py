@@ -27,6 +27,7 @@ from safetensors import safe_open
 from unmask import clip_bank, clip_views, clips, hulls, sbi, shards
 from unmask.clip_bank import Clips, Entry, Maker
 from unmask.detectors import base, clip_backbone
+from unmask.machine import end_with_parent
 from unmask.pairs import fingerprint
 from unmask.profile import digest, source_hash
 from unmask.training import device, own_randomness
@@ -167,7 +168,7 @@ def of_clips(
     try:
         gpu = torch.cuda.is_available() and workers  # it waits for nothing but clips
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, context) if gpu else nullcontext() as pool:
+        with ProcessPoolExecutor(workers, context, end_with_parent) if gpu else nullcontext() as pool:
             make = partial(_make_shard, made_by, clips.maker, folder, precision, pool)
             shards.fill(folder, works, make, partial(_rows, clips), workers, "tokens, shards")
     finally:

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -36,10 +37,13 @@ from unmask.data.journals import name_shards
 from unmask.data.landmarks import eye_angle, stabilised_box
 from unmask.data.manifest import ManifestError, media_path, read_manifest
 from unmask.data.video import Clip, MediaError, read_frames
+from unmask.machine import end_with_parent, writing
+from unmask.profile import write_atomic
 from unmask.progress import track as progress
 
 MIN_SIDE = 16  # pixels; less is no picture of a face
 MAX_SIDE = 1920  # pixels; larger frames are shrunk as they are decoded
+DEATHS = 2  # of workers that the same item may cost: one may be an accident
 _ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 
 
@@ -172,6 +176,8 @@ def process_item(item: Item, settings: Settings) -> Result:
         row |= {"status": "ok", "faces": len(crops)}
     except (MediaError, LocatorError, _Reject) as error:
         row["reason"] = str(error)
+    except MemoryError:
+        row["reason"], crops = "too large for the memory", []
     except Exception as error:  # The unit of work ends here: one odd item must not end a run of thousands.
         row["reason"] = f"internal error: {type(error).__name__}: {error}"[:200]
         crops = []
@@ -184,46 +190,75 @@ def _failed(item: Item, reason: str) -> Result:
 
 
 def _start_worker() -> None:
+    end_with_parent()
     cv2.setNumThreads(1)
+
+
+class _Worker:
+    """A process that does one item at a time, started anew when it has died."""
+
+    def __init__(self):
+        self.pool: ProcessPoolExecutor | None = None
+
+    def submit(self, work: Callable, item: Item, settings: Settings) -> Future:
+        if self.pool is not None:
+            try:
+                return self.pool.submit(work, item, settings)
+            except BrokenProcessPool:  # killed while it had nothing to do
+                self.discard()
+        self.pool = ProcessPoolExecutor(1, initializer=_start_worker, env=_ONE_THREAD)
+        return self.pool.submit(work, item, settings)
+
+    def discard(self) -> None:
+        self.pool.shutdown(wait=False)
+        self.pool = None
+
+    def stop(self) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(kill_workers=True)
 
 
 def _run(items: list[Item], settings: Settings, workers: int, work: Callable = process_item) -> Iterator[Result]:
     """Results in the order of `items`, from `workers` processes (0: in this one).
 
     Each process is a pool of its own with one item at a time, so that a death names the item that caused it and
-    costs no other. At most 16 items per worker run ahead of the first unfinished one.
+    costs no other; the item is tried again in a new process, and failed after DEATHS of them. At most 16 items per
+    worker run ahead of the first unfinished one.
     """
     if workers == 0:
         yield from (work(item, settings) for item in items)
         return
-    pools: list[ProcessPoolExecutor | None] = [None] * min(workers, len(items))
-    running: dict[Future, tuple[int, int]] = {}
+    all_workers = [_Worker() for _ in range(min(workers, len(items)))]
+    running: dict[Future, tuple[_Worker, int]] = {}
     ready: dict[int, Result] = {}
-    idle, head, following = list(range(len(pools))), 0, 0
+    deaths: Counter[int] = Counter()
+    idle, again, head, following = list(all_workers), [], 0, 0
     try:
         while head < len(items):
-            while idle and following < min(len(items), head + 16 * workers):
-                slot = idle.pop()
-                if pools[slot] is None:
-                    pools[slot] = ProcessPoolExecutor(1, initializer=_start_worker, env=_ONE_THREAD)
-                running[pools[slot].submit(work, items[following], settings)] = slot, following
-                following += 1
+            while idle and (again or following < min(len(items), head + 16 * workers)):
+                if not again:
+                    again.append(following)
+                    following += 1
+                worker, i = idle.pop(), again.pop()
+                running[worker.submit(work, items[i], settings)] = worker, i
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                slot, i = running.pop(future)
-                idle.append(slot)
+                worker, i = running.pop(future)
+                idle.append(worker)
                 try:
                     ready[i] = future.result()
                 except BrokenProcessPool:
-                    pools[slot].shutdown(wait=False)
-                    pools[slot] = None
-                    ready[i] = _failed(items[i], "worker process died (killed or out of memory)")
+                    worker.discard()
+                    deaths[i] += 1
+                    if deaths[i] < DEATHS:
+                        again.append(i)
+                    else:
+                        ready[i] = _failed(items[i], "worker process died (killed or out of memory)")
             while head in ready:
                 yield ready.pop(head)
                 head += 1
     finally:
-        for pool in pools:
-            if pool is not None:
-                pool.shutdown(kill_workers=True)
+        for worker in all_workers:
+            worker.stop()
 
 
 def _items(manifest: pd.DataFrame, manifest_path: Path) -> list[Item]:
@@ -250,10 +285,12 @@ def _holds(path: Path, settings: Settings) -> bool:
 
 def _prepare(out: Path, settings: Settings) -> None:
     """Make the folder fit the settings: crops made with other settings are discarded, never mixed."""
-    out.mkdir(parents=True, exist_ok=True)
     path, wanted = out / "settings.json", json.dumps(asdict(settings), indent=1, sort_keys=True) + "\n"
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / "settings.lock", "w")
     # Jobs of one array start together: only the first may discard, the others find its settings.
-    with open(out / "settings.lock", "w") as lock:
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if _holds(path, settings):
             return
@@ -263,9 +300,7 @@ def _prepare(out: Path, settings: Settings) -> None:
             print(f"The settings have changed: discarding the earlier crops in {out.name}.", file=sys.stderr)
         for file in old:
             file.unlink()
-        part = path.with_suffix(".json.part")
-        part.write_text(wanted)
-        os.replace(part, path)
+        write_atomic(path, wanted)
 
 
 def preprocess(

@@ -21,6 +21,8 @@ from typing import Any
 
 import yaml
 
+from unmask.machine import writing
+
 # Keys of a resolved profile file that are not settings: they say which run it belongs to.
 IDENTITY = ("name", "run")
 # They become folders' names, and a part of patterns that Snakemake reads.
@@ -66,10 +68,19 @@ def models_folder(root: Path = ROOT) -> Path:
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> Path:
-    """Write a whole file or nothing: a temporary name in the same folder, then a rename."""
+    """Write a whole file or nothing: a temporary name in the same folder, then a rename.
+
+    Raises DiskError if the folder cannot be written to.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, data)
+    return path
+
+
+def _replace(path: Path, data: bytes) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -81,7 +92,6 @@ def write_atomic(path: str | Path, content: str | bytes) -> Path:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    return path
 
 
 def digest(value: Any) -> str:

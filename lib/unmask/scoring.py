@@ -24,6 +24,7 @@ from unmask.data.manifest import write_manifest
 from unmask.detectors import base
 from unmask.evaluation import ScoreError
 from unmask.lare import Settings, extract
+from unmask.machine import check_writable
 from unmask.media import best_locator, expand, placeholder_manifest, printable
 from unmask.preprocessing import preprocess
 from unmask.profile import digest, write_atomic
@@ -263,6 +264,7 @@ def score_media(
         raise ScoreError(
             f"{out} would be overwritten by the JSON beside it; give the table another ending, such as .csv."
         )
+    check_writable(document_path.parent)  # now, not after hours of decoding
     detector, card = _load(checkpoint)
     if "preprocessing" not in card:
         raise base.CheckpointError(f"The checkpoint in {checkpoint} does not say how its crops were made; train anew.")

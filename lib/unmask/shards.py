@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save
 
+from unmask.machine import end_with_parent, writing
 from unmask.profile import write_atomic
 from unmask.progress import track
 
@@ -60,7 +61,8 @@ def fill(
     make: called with works[k], calls `write` with number k. rows: the index. workers: processes that `make` runs in,
     which must be a function of a module then; 0 is this one, as it always is where there is a GPU. label: of progress.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     missing = [work for k, work in enumerate(works) if not path_of(folder, k).exists()]
     for _ in track(_run(make, missing, workers), len(missing), label):
         pass
@@ -81,6 +83,7 @@ def _run(make: Callable, works: Sequence, workers: int) -> Iterator[None]:
 
 
 def _start_worker() -> None:
+    end_with_parent()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
 

@@ -25,6 +25,7 @@ import yaml
 
 from unmask import slurm
 from unmask.catalogue import maker
+from unmask.machine import DiskError, writing
 from unmask.plan import Chapter, WorkflowError, make_plan, out_of_date
 from unmask.profile import ROOT, Profile, ProfileError, load_profile, parse_changes, write_atomic
 from unmask.progress import MARK, clock
@@ -112,18 +113,19 @@ def exclusive(root: Path) -> Iterator[int]:
     The kernel drops the lock when its holders end, however they end, so it never has to be cleared by hand.
     """
     path = root / "data" / "work" / ".lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+", encoding="utf-8") as file:
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path, "a+b", buffering=0)
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise WorkflowError(
-                f"Another run is busy in this clone (process {file.read().strip() or 'unknown'}); wait until it ends."
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+            holder = file.read().decode().strip() or "unknown"
+            raise WorkflowError(f"Another run is busy in this clone (process {holder}); wait until it ends.") from None
+        with writing(path.parent):
+            file.truncate(0)
+            file.write(str(os.getpid()).encode())
         yield file.fileno()
 
 
@@ -143,7 +145,11 @@ class Progress:
         self.jobs: dict[str, Path] = {}
 
     def follow(self, lines: Iterator[str]) -> None:
-        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with writing(self.log.parent):
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            self._follow(lines)
+
+    def _follow(self, lines: Iterator[str]) -> None:
         with open(self.log, "w", encoding="utf-8") as file:
             for line in lines:
                 file.write(line)
@@ -358,7 +364,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT, chapters: Se
         with exclusive(root) as options.lock:
             write_run_files(profile, plan, root)
             return run_study(plan, root, options, forced, targets)
-    except (ProfileError, WorkflowError) as error:
+    except (ProfileError, WorkflowError, DiskError) as error:
         print(f"run_all.sh: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

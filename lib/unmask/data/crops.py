@@ -7,6 +7,7 @@ offset and writing goes on, so that an interrupted run leaves the same bytes as 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -23,6 +24,7 @@ import pyarrow
 import pyarrow.parquet as pq
 
 from unmask.data.journals import in_turn, lines, name_shards
+from unmask.machine import writing
 
 _ID = pa.Check.str_matches(r"^[0-9a-f]{16}\Z")
 _NOT_NEGATIVE = pa.Check.ge(0)
@@ -101,11 +103,12 @@ class CropWriter:
 
     def __init__(self, out: str | os.PathLike, shard: int, of: int):
         folder = Path(out) / "shards"
-        folder.mkdir(parents=True, exist_ok=True)
         self.name = _shard_name(shard, of)
         self.tar, self.part = folder / f"{self.name}.tar", folder / f"{self.name}.tar.part"
         self.journal = folder / f"{self.name}.jsonl"
-        self._lock = open(folder / f"{self.name}.lock", "w")
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(folder / f"{self.name}.lock", "w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -119,7 +122,9 @@ class CropWriter:
     def __exit__(self, *_) -> None:
         for file in (self._file, self._log, self._lock):
             if file is not None:
-                file.close()
+                # Closing tries again to write what a full disk refused: not journalled, so it does not count.
+                with contextlib.suppress(OSError):
+                    file.close()
 
     def resume(self, keys: Sequence[tuple[str, str]]) -> int:
         """Keep the finished items that are still the first of `keys` (item_id, fingerprint); returns how many.
@@ -146,15 +151,23 @@ class CropWriter:
             (self.tar.parents[1] / table).unlink(missing_ok=True)
         if stored is self.tar and stored.exists():
             os.replace(self.tar, self.part)
-        self._file = open(self.part, "r+b" if self.part.exists() else "w+b")
-        self._file.truncate(end)
-        self._file.seek(end)
-        self._log = open(self.journal, "ab")
-        self._log.truncate(size)
+        with writing(self.part.parent):
+            self._file = open(self.part, "r+b" if self.part.exists() else "w+b")
+            self._file.truncate(end)
+            self._file.seek(end)
+            self._log = open(self.journal, "ab")
+            self._log.truncate(size)
         return kept
 
     def add(self, key: tuple[str, str], item: Mapping, crops: Sequence[Mapping], encoding: str) -> None:
-        """Append one item: its `items` row and its crops, each an index row without shard fields plus `data` bytes."""
+        """Append one item: its `items` row and its crops, each an index row without shard fields plus `data` bytes.
+
+        Raises DiskError if the disk is full: the item then does not count, and a later `resume` does it again.
+        """
+        with writing(self.part.parent):
+            self._append(key, item, crops, encoding)
+
+    def _append(self, key: tuple[str, str], item: Mapping, crops: Sequence[Mapping], encoding: str) -> None:
         rows = []
         for crop in crops:
             data = crop["data"]
@@ -174,11 +187,12 @@ class CropWriter:
         """Close the archive and give it its final name. Does nothing for a shard that was complete already."""
         if self._file is None:
             return
-        self._file.write(b"\0" * 2 * tarfile.BLOCKSIZE)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        os.fsync(self._log.fileno())
-        os.replace(self.part, self.tar)
+        with writing(self.part.parent):
+            self._file.write(b"\0" * 2 * tarfile.BLOCKSIZE)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            os.fsync(self._log.fileno())
+            os.replace(self.part, self.tar)
 
 
 def write_table(df: pd.DataFrame, path: Path, schema: pa.DataFrameSchema) -> None:
@@ -191,10 +205,13 @@ def write_blocks(blocks: Iterable[pd.DataFrame], path: Path, schema: pa.DataFram
     arrow = pyarrow.schema([(c, _ARROW.get(str(t.dtype), pyarrow.string())) for c, t in schema.columns.items()])
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with pq.ParquetWriter(part, arrow) as writer:
-            for df in blocks:
-                writer.write_table(pyarrow.Table.from_pandas(schema.validate(df), schema=arrow, preserve_index=False))
-        os.replace(part, path)
+        with writing(path.parent):
+            with pq.ParquetWriter(part, arrow) as writer:
+                for df in blocks:
+                    writer.write_table(
+                        pyarrow.Table.from_pandas(schema.validate(df), schema=arrow, preserve_index=False)
+                    )
+            os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 

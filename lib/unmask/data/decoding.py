@@ -31,6 +31,7 @@ _ENC_PARAMS = struct.Struct("@INNii8i")
 _BLOCK = struct.Struct("@iiiii")
 _TYPE_H264 = 1
 SIZE_CHANGES = "frame size changes within the clip"
+TOO_LARGE = "too large for the memory"
 
 
 @dataclass
@@ -293,7 +294,11 @@ def answer(request: dict) -> tuple[dict, list[np.ndarray]]:
     except MediaError as error:
         return {"error": error.reason}, []
     except MemoryError:
-        return {"error": "too large for the memory"}, []
+        return {"error": TOO_LARGE}, []
+    except cv2.error as error:
+        if error.code != cv2.Error.StsNoMem:
+            raise
+        return {"error": TOO_LARGE}, []
     except PermissionError:
         return {"error": "permission denied"}, []
     same = [frame for frame in frames if frame.shape == frames[0].shape]

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice, zip_longest
 from pathlib import Path
 
+from unmask.machine import writing
+
 SLAB = 2**10  # lines that `in_turn` holds at a time
 
 
@@ -73,8 +75,9 @@ class Journal:
     def __init__(self, folder: str | os.PathLike, shard: tuple[int, int], stamp: str):
         self.stamp, self.path = stamp, path_of(Path(folder), *shard)
         self.part = self.path.with_suffix(".jsonl.part")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path.with_suffix(".lock"), "w")
+        with writing(self.path.parent):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path.with_suffix(".lock"), "w")
         self._file = None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -89,7 +92,9 @@ class Journal:
     def __exit__(self, *_) -> None:
         for file in (self._file, self._lock):
             if file is not None:
-                file.close()
+                # Closing tries again to write what a full disk refused; `resume` does that row again.
+                with contextlib.suppress(OSError):
+                    file.close()
 
     def resume(self, keys: Sequence[tuple[str, ...]]) -> int:
         """Keep the rows whose keys are still the first of `keys`; returns how many. A complete share stays as it is.
@@ -113,8 +118,9 @@ class Journal:
             return kept
         if stored is self.path:
             os.replace(self.path, self.part)
-        self._file = open(self.part, "ab")
-        self._file.truncate(end)
+        with writing(self.path.parent):
+            self._file = open(self.part, "ab")
+            self._file.truncate(end)
         if end == 0:
             self._write([{"stamp": self.stamp}])
         return kept
@@ -124,9 +130,11 @@ class Journal:
         self._write({"key": list(key), "row": row} for key, row in rows)
 
     def _write(self, found: Iterable[Mapping]) -> None:
-        self._file.write(b"".join(json.dumps(line).encode() + b"\n" for line in found))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        text = b"".join(json.dumps(line).encode() + b"\n" for line in found)
+        with writing(self.path.parent):
+            self._file.write(text)
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def finish(self) -> None:
         """Give the journal its final name. Does nothing for a share that was complete already."""

@@ -14,6 +14,8 @@ import pyarrow.parquet as pq
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
+from unmask.machine import writing
+
 SPLITS = ("train", "val", "test")
 DEFAULT_FRACTIONS = {"train": 0.7, "val": 0.1, "test": 0.2}
 
@@ -103,12 +105,13 @@ def write_manifest(df: pd.DataFrame, path: Path | str) -> None:
     """Validate and write a manifest atomically. Raises ManifestError that names the faulty column and row."""
     path = Path(path)
     df = _validate(df.reset_index(drop=True), f"manifest for {path}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         table = pyarrow.Table.from_pandas(df, schema=_ARROW, preserve_index=False).replace_schema_metadata(None)
-        pq.write_table(table, partial, write_page_checksum=True)
-        os.replace(partial, path)
+        with writing(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(table, partial, write_page_checksum=True)
+            os.replace(partial, path)
     except (pyarrow.ArrowException, UnicodeError) as error:
         raise ManifestError(f"manifest for {path} cannot be stored: {error}") from error
     finally:

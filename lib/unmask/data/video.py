@@ -12,6 +12,7 @@ import json
 import math
 import os
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ import numpy as np
 
 from unmask.data import decoding
 from unmask.data.frames import MediaError, check_sampling
+from unmask.machine import writing
 
 __all__ = ["Clip", "MediaError", "MediaInfo", "encode", "probe", "read_frames"]
 
@@ -72,6 +74,10 @@ class _Timeout(Exception):
 
 class _Crash(Exception):
     pass
+
+
+class _Killed(_Crash):
+    """By a signal that no fault of the decoder sends: by a person, a job system or a machine without memory."""
 
 
 class _Decoder:
@@ -141,7 +147,7 @@ class _Decoder:
 
     def _crash(self, code: int) -> Exception:
         if code < 0:
-            return _Crash(signal.Signals(-code).name)
+            return (_Killed if code == -signal.SIGKILL else _Crash)(signal.Signals(-code).name)
         self._errors.seek(0)
         last = self._errors.read().decode(errors="replace").strip().splitlines()[-1:]
         return RuntimeError(f"The decoding process stopped with exit code {code}: {' '.join(last)}")
@@ -166,6 +172,9 @@ def _child() -> _Decoder:
 
 def _check_file(path: Path) -> None:
     try:
+        kind = os.stat(path).st_mode
+        if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # opening a pipe waits for ever
+            raise MediaError("a pipe or device, not a file")
         with open(path, "rb") as file:
             if not file.read(1):
                 raise MediaError("empty file")
@@ -179,6 +188,13 @@ def _check_file(path: Path) -> None:
         raise MediaError("file cannot be opened") from error
 
 
+def _ask(request: dict, seconds: float):
+    try:
+        return _child().ask(request, seconds)
+    except _Killed:  # perhaps an accident: what it says of the file counts the second time
+        return _child().ask(request, seconds)
+
+
 def _request(path: str | os.PathLike, count: int, deadline: float, max_side: int | None = None, **view):
     """Ask for frames: decord first with half the time, then PyAV in what is left if decord hung or crashed."""
     path = Path(path).absolute()
@@ -187,11 +203,11 @@ def _request(path: str | os.PathLike, count: int, deadline: float, max_side: int
     end = time.monotonic() + deadline
     if not (view.get("keyframes") or view.get("qp")):  # decord can do neither.
         try:
-            return _child().ask(request | {"decoders": ["decord", "pyav"]}, deadline / 2)
+            return _ask(request | {"decoders": ["decord", "pyav"]}, deadline / 2)
         except (_Timeout, _Crash):
             pass  # The other decoder may manage.
     try:
-        return _child().ask(request | {"decoders": ["pyav"]}, end - time.monotonic())
+        return _ask(request | {"decoders": ["pyav"]}, end - time.monotonic())
     except _Timeout as error:
         raise MediaError(f"deadline of {deadline:g} s exceeded") from error
     except _Crash as error:
@@ -283,7 +299,7 @@ def encode(
     if pix_fmt == "yuv420p" and (height % 2 or width % 2):
         raise ValueError(f"4:2:0 video needs an even width and height, not {width}x{height}.")
     try:
-        with av.open(str(part), "w", options={"movflags": "+faststart"}) as container:
+        with writing(path.parent), av.open(str(part), "w", options={"movflags": "+faststart"}) as container:
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
             stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
             stream.codec_context.thread_count = 1
