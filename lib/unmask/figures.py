@@ -122,7 +122,8 @@ def save_table(
     if bold is not None:
         numbers["bold"] = bold.to_numpy(bool)
     record = _record(study, "table", name, caption, numbers, n, origin, seeds)
-    text = df.map(shown).set_axis(columns, axis=1)
+    # As objects: pandas 2 maps whole numbers beside a missing one as floats.
+    text = df.astype(object).map(shown).set_axis(columns, axis=1)
     numeric = [pd.api.types.is_numeric_dtype(dtype) for dtype in df.dtypes]
     contents = {
         ".csv": precise.to_csv(index=False, lineterminator="\n"),
