@@ -35,7 +35,7 @@ PYTHON
 echo "training on two nodes equals that on one"
 for nodes in 1 2; do
     sbatch --wait --nodes=$nodes --cpus-per-task=1 --mem=8G jobs/train.sbatch d2st --profile tiny --stage 1 \
-        --manifest "$work/manifest.parquet" --crops "$work/crops-dense" --out "$out/d2st-$nodes" || fail "training"
+        --manifest "$work/d2st/media.parquet" --crops "$work/d2st/crops-media" --out "$out/d2st-$nodes" || fail "training"
 done
 python3 - "$out" <<'PYTHON' || fail "losses differ"
 import json, sys
@@ -51,13 +51,16 @@ echo "JupyterLab answers with its token, and not without"
 job=$(sbatch --parsable --cpus-per-task=1 --mem=2G jobs/jupyter.sbatch $([ "$(id -u)" -ne 0 ] || echo --allow-root))
 message=slurm-unmask-jupyter-$job.txt
 address=http://$(hostname):$((20000 + job % 20000))/api/contents
+answer() { # [OPTION ...]: the status, asked as through the tunnel
+    curl -s -o /dev/null -w '%{http_code}' -H "Host: localhost:8888" "$@" "$address"
+}
 for _ in $(seq 120); do
     sleep 1
-    if [ "$(curl -s -o /dev/null -w '%{http_code}' "$address")" = 403 ]; then break; fi
+    if [ "$(answer)" = 403 ]; then break; fi
 done
 [ "$(stat -c %a "$message")" = 600 ] || fail "$message can be read by others"
 token=$(sed -n 's/.*token=//p' "$message")
-code=$(curl -s -o /dev/null -w '%{http_code}' -H "Authorization: token $token" "$address")
+code=$(answer -H "Authorization: token $token")
 scancel "$job"
 [ "$code" = 200 ] || fail "JupyterLab said $code"
 echo "  200 with, 403 without"
