@@ -21,6 +21,7 @@ HEADING = "## Kills"
 KILLS = 20
 RUN = "tiny"
 PATIENCE = 15  # seconds that a killed study's other processes have to end
+BUSY = 2  # the exit code of a run that another keeps from starting
 HANGS = 600  # seconds, beyond thrice the whole study's, after which a run counts as hanging
 # What a table says of time and size of this machine's work, and so differs between any two runs.
 TIMES = re.compile(r"second|minute|hour|_s$|^s$|rate|per_s|memory|MiB", re.I)
@@ -94,7 +95,7 @@ def survivors(tree: list[psutil.Process]) -> list[str]:
 
 def disturbed(root: Path, only: list[str], count: int, rng: np.random.Generator, seconds: float):
     """Run the study with `count` kills on the way: how often each kind of process was killed, starts, faults."""
-    killed, faults, starts = collections.Counter(), [], 0
+    killed, faults, starts, failed = collections.Counter(), [], 0, 0
     while True:
         run, starts = start(root, only), starts + 1
         try:
@@ -114,8 +115,13 @@ def disturbed(root: Path, only: list[str], count: int, rng: np.random.Generator,
             except subprocess.TimeoutExpired:
                 return killed, starts, [*faults, f"The study hangs after kill {killed.total()} of {what}."]
             faults += [f"{name} outlived kill {killed.total()} of {what}." for name in survivors(tree)]
+            failed = 0
+        else:
+            failed += code not in (0, BUSY)
         if code == 0:
             return killed, starts, faults
+        if failed > 2:
+            return killed, starts, [*faults, "The study fails again and again; see run.log."]
         time.sleep(1)  # another run may still be busy
 
 

@@ -375,8 +375,12 @@ if not Path({str(tmp_path / "flag")!r}).exists():
     assert result.returncode == 1 and "The memory was not enough" in result.stdout, "cell 1 succeeds the second time"
 
 
-def test_two_trees_run_side_by_side(tmp_path):
-    processes = [start(make_tree(tmp_path / name), "--only", "02") for name in ("one", "two")]  # at the same time
+def test_two_trees_run_side_by_side_and_a_killed_runs_lock_is_no_hindrance(tmp_path):
+    trees = [make_tree(tmp_path / name) for name in ("one", "two")]
+    stale = trees[1] / ".snakemake/locks/0.output.lock"  # as a killed Snakemake leaves it
+    stale.parent.mkdir(parents=True)
+    stale.write_text("data/work/demo/results/02_other.json\n")
+    processes = [start(tree, "--only", "02") for tree in trees]  # at the same time
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert [ran(output) for output in outputs] == [{"02_other"}, {"02_other"}]

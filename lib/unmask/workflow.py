@@ -266,7 +266,7 @@ def _clear_stale_lock(command: list[str], root: Path) -> None:
     # A killed Snakemake leaves its lock behind. We hold the run lock, so nobody else can be using it.
     locks = root / ".snakemake" / "locks"
     if locks.is_dir() and any(locks.iterdir()):
-        subprocess.run([*command, "--unlock"], cwd=root, check=True, capture_output=True)
+        subprocess.run([*command[:3], "--unlock", *command[3:]], cwd=root, check=True, capture_output=True)
 
 
 def dry_run(
