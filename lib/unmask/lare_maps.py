@@ -82,9 +82,8 @@ def others(folder: Path, extractor: str) -> list[Path]:
 
 def write_index(folder: Path, rows: Sequence[dict]) -> pd.DataFrame:
     """Write the index of a folder of maps, atomically; returns it."""
-    table = to_table(rows, SCHEMA)
-    write_table(table, folder / INDEX, SCHEMA)
-    return table
+    write_table(to_table(rows, SCHEMA), folder / INDEX, SCHEMA)
+    return read_index(folder)
 
 
 def write_settings(folder: Path, extractor: str, precision: str, settings: dict) -> None:
