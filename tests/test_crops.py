@@ -232,6 +232,7 @@ def test_shards_of_another_manifest_are_not_merged(tmp_path):
     write(tmp_path, 0, 2, keys=fewer)
     assert collate(tmp_path, 2, ids) == [] and read_items(tmp_path)["item_id"].tolist() == ids
     assert collate(tmp_path, 2, ids[:-1]) == [1], "one item too many"
+    assert collate(tmp_path, 2, [*ids[:4], ids[6], ids[5], ids[4], ids[7]]) == [0], "two have changed places"
 
 
 def test_a_shard_that_is_written_anew_takes_the_old_tables_away(tmp_path, whole):
