@@ -169,9 +169,10 @@ def kills(work: Path, count: int, seed: int, only: list[str]) -> tuple[str, list
         f"undisturbed; {killed.total()} times `kill -9` at drawn times, {starts} starts; {os.cpu_count()} cores, "
         f"CPU {processor()}, Python {platform.python_version()}. Killed: {counted}."
     )
+    but = f" but for {', '.join(timed)} (times and sizes)" if timed else ""
     found = (
-        f"All {number} tables are there, equal byte for byte but for {', '.join(timed) or 'nothing'} (times and "
-        f"sizes). Of {len(before)} files of the undisturbed study {len(before - after)} are missing "
-        f"from the other; there {len(partial)} unfinished files lie about, besides {', '.join(further) or 'no others'}."
+        f"All {number} tables are there, equal byte for byte{but}. Of {len(before)} files of the undisturbed study "
+        f"{len(before - after)} are missing from the other; there {len(partial)} unfinished files lie about, besides "
+        f"{', '.join(further) or 'no others'}."
     )
     return "\n".join([HEADING, "", about, "", found]) + "\n", faults
