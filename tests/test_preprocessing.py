@@ -131,6 +131,22 @@ def test_workers_and_shards_do_not_change_the_result(world, tmp_path):
     assert read_index(tmp_path / "array")["sha256"].tolist() == read_index(tmp_path / "alone")["sha256"].tolist()
 
 
+def test_what_an_array_made_is_gone_on_with_and_not_made_anew(world, tmp_path, monkeypatch, capsys):
+    alone = preprocess(world, tmp_path / "alone", frames=3, size=48, workers=0)
+    preprocess(world, tmp_path / "array", frames=3, size=48, shard=(1, 3), workers=0)
+    work, real = [], preprocessing.process_item
+    monkeypatch.setattr(preprocessing, "_run", lambda items, settings, workers: (
+        work.append(item.item_id) or real(item, settings) for item in items))  # fmt: skip
+    whole = preprocess(world, tmp_path / "array", frames=3, size=48, workers=0)
+    assert work == [*alone["item_id"][0::3], *alone["item_id"][2::3]]
+    pd.testing.assert_frame_equal(whole.drop(columns="seconds"), alone.drop(columns="seconds"))
+    assert read_index(tmp_path / "array")["sha256"].tolist() == read_index(tmp_path / "alone")["sha256"].tolist()
+    preprocess(world, tmp_path / "array", frames=3, size=48, workers=0)
+    assert len(work) == 4 and "settings have changed" not in capsys.readouterr().err
+    preprocess(world, tmp_path / "array", frames=2, size=48, workers=0)
+    assert list(shards(tmp_path / "array")) == ["crops-00000-of-00001.tar"]
+
+
 def test_rerun_does_nothing_but_changed_media_are_done_again(world, tmp_path, make_clip, monkeypatch):
     preprocess(world, tmp_path / "out", frames=2, workers=0)
     work = []

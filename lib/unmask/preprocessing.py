@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from joblib.externals.loky import ProcessPoolExecutor
 
 from unmask.data.crops import (
     ITEMS_SCHEMA,
+    MOST_SHARDS,
     SAMPLING_BEFORE,
     CropStore,
     CropWriter,
@@ -313,7 +314,7 @@ def preprocess(
     align: bool = False,
     deadline: float = 30.0,
     encoding: str = "png",
-    shard: tuple[int, int] = (0, 1),
+    shard: tuple[int, int] | None = None,
     workers: int = 2,
     sampling: str = "uniform",
     fps: float = 0.0,
@@ -324,33 +325,51 @@ def preprocess(
     per second, 0 for every frame; see `unmask.data.video.read_frames`); crops of `size` pixels with `margin` (share of
     the face) on each side; `deadline` seconds of decoding per item. `shard=(i, n)` does every n-th item from the i-th
     on, for job arrays; the call that completes the last shard writes crops.parquet and items.parquet, others return
-    their own rows and name the shards that are still to do. Stopped at any point, the same call goes on where it was.
+    their own rows and name the shards that are still to do. Without it everything is done, in the shards that an array
+    has left in `out`, if any. Stopped at any point, the same call goes on where it was.
     `workers=0` runs in this process. Every item gets a row; raises LocatorError if the locator cannot work at all,
     ManifestError for a broken manifest.
     """
     manifest_path, out = Path(manifest_path), Path(out)
-    number, of = shard
-    if not 0 <= number < of:
-        raise ValueError(f"Shard {number} of {of} does not exist; shards count from 0.")
+    if shard and not 0 <= shard[0] < shard[1]:
+        raise ValueError(f"Shard {shard[0]} of {shard[1]} does not exist; shards count from 0.")
     encode_crop(np.zeros((1, 1, 3), np.uint8), encoding)
     check_sampling(sampling, fps)
     stamp = "" if locator == AnnotationLocator.name else build_locator(locator).hash
     fps = fps if sampling == "dense" else 0.0  # which uniform sampling does not ask for
-    settings = Settings(locator, stamp, frames, size, margin, align, deadline, encoding, of, sampling=sampling, fps=fps)
+    settings = Settings(locator, stamp, frames, size, margin, align, deadline, encoding, 1, sampling=sampling, fps=fps)
+    settings = replace(settings, shards=shard[1] if shard else _shards_of(out / "settings.json", settings))
     listed = read_manifest(manifest_path)
-    items = _items(listed.iloc[number::of], manifest_path)
     _prepare(out, settings)
-    with CropWriter(out, number, of) as writer:
+    numbers = [shard[0]] if shard else range(settings.shards)
+    for number in numbers:
+        _fill(out, number, _items(listed.iloc[number :: settings.shards], manifest_path), settings, workers)
+    to_do = collate(out, settings.shards, listed["item_id"].tolist())
+    if not to_do:
+        return read_items(out)
+    print(f"Still to do: {name_shards(to_do, settings.shards)}. The last of them writes the tables.", file=sys.stderr)
+    rows = [line["item"] for number in numbers for line in read_shard(out, number, settings.shards)]
+    return to_table(rows, ITEMS_SCHEMA)
+
+
+def _shards_of(path: Path, settings: Settings) -> int:
+    """In how many shards an array made the crops of this settings.json, if they are those of `settings`; else one."""
+    try:
+        made = SAMPLING_BEFORE | json.loads(path.read_text(encoding="utf-8"))
+        same = made == asdict(replace(settings, shards=made["shards"])) and 0 < made["shards"] <= MOST_SHARDS
+        return made["shards"] if same else 1
+    except (OSError, ValueError, TypeError, KeyError):
+        return 1
+
+
+def _fill(out: Path, number: int, items: list[Item], settings: Settings, workers: int) -> None:
+    """Process the items of one shard that it lacks."""
+    with CropWriter(out, number, settings.shards) as writer:
         keys = [item.key for item in items]
         done = writer.resume(keys)
         for i, result in enumerate(progress(_run(items[done:], settings, workers), len(items) - done, "preprocessing")):
-            writer.add(keys[done + i], result.row, result.crops, encoding)
+            writer.add(keys[done + i], result.row, result.crops, settings.encoding)
         writer.finish()
-    to_do = collate(out, of, listed["item_id"].tolist())
-    if not to_do:
-        return read_items(out)
-    print(f"Still to do: {name_shards(to_do, of)}. The last of them writes the tables.", file=sys.stderr)
-    return to_table([line["item"] for line in read_shard(out, number, of)], ITEMS_SCHEMA)
 
 
 def failures(items: pd.DataFrame) -> pd.DataFrame:
