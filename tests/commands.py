@@ -39,7 +39,7 @@ NOT_RUN = {
     "conda env create -f environment.yaml && conda activate unmask": "needs conda and some GB of downloads",
     "jupyter lab notebooks": "a server that does not end",
     "accelerate launch -m unmask.cli train d2st ...": "several GPUs; the same training runs above on one process",
-}
+} | ({} if YUNET else {"unmask fetch yunet": "a download"})
 # Their commands need a cluster, a browser or a million videos, and have tests of their own: here they are parsed.
 PARSED = ("docs/colab.md", "docs/hpc.md", "docs/scale.md")
 
@@ -90,7 +90,7 @@ def mentions(page: Path) -> list[str]:
 def small(words: list[str]) -> list[str]:
     """The words of an `unmask` command after the rules above."""
     words = [REPLACED.get(word, word) for word in words]
-    if words[0] not in ("doctor", "index", "score", "export", "table", "completion"):
+    if words[0] not in ("doctor", "fetch", "index", "score", "export", "table", "completion"):
         settings = [part for key, value in SMALL.items() for part in ("--set", f"{key}={value}")]
         profile = [] if "--profile" in words else ["--profile", "tiny"]
         return [words[0], *profile, *settings, *words[1:]]
