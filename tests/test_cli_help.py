@@ -4,10 +4,11 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 
 import pytest
 
-from unmask import cli, cli_help
+from unmask import cli, workflow
 
 PARSER = cli.build_parser()
 COMMANDS = PARSER._subparsers._group_actions[0].choices
@@ -49,7 +50,6 @@ def test_the_overview_names_every_command_once_in_a_group():
     text = PARSER.format_help()
     listed = re.findall(r"^    ([a-z]+) ", text, re.M)
     assert sorted(listed) == sorted(COMMANDS)
-    assert "  others:" not in text, "give the new command a group in cli_help.GROUPS"
     assert "unmask [-h] COMMAND" in text and not complaints(text)
 
 
@@ -57,7 +57,8 @@ def test_the_overview_names_every_command_once_in_a_group():
 def test_the_help_of_a_command_has_an_example_that_it_takes_and_explains_every_option(name, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     sub = COMMANDS[name]
-    example = cli_help.EXAMPLES[name]
+    title, _, example = sub.epilog.partition("\n  ")
+    assert title == "example:"
     words = shlex.split(example.partition(" >")[0])
     assert words[:2] == ["unmask", name] and PARSER.parse_args(words[1:]).run
     text = sub.format_help()
@@ -80,6 +81,31 @@ def test_a_mistyped_command_or_option_is_one_sentence_with_the_nearest(name, cap
     code, told = said(capsys, name, option + "x")
     assert (code, told.count("\n")) == (2, 1) and f"no option {option}x (did you mean {option}?)" in told
     assert told.startswith(f"unmask {name}: ")
+
+
+@pytest.mark.parametrize(
+    "words, what",
+    [
+        ("--profil tiny", "there is no option --profil (did you mean --profile?)"),
+        ("--profile=tiny --dryrun", "there is no option --dryrun (did you mean --dry-run?)"),
+        ("05", "unrecognized arguments: 05"),
+        ("--jobs 0", "--jobs must be at least 1"),
+        ("--only 05 --from 03", "--only and --from exclude each other"),
+    ],
+)
+def test_run_all_speaks_as_the_commands_do(words, what, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["workflow.py", *words.split()])  # as run_all.sh starts it
+    with pytest.raises(SystemExit) as caught:
+        workflow.main()
+    told = capsys.readouterr().err
+    assert caught.value.code == 2 and told == f"run_all.sh: {what}; `run_all.sh --help` says more.\n"
+
+
+def test_the_parser_needs_nothing_that_is_slow_to_import():
+    code = "import sys; from unmask import cli; cli.build_parser().format_help(); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "unmask.commands.training" in loaded
+    assert not {"torch", "numpy", "pandas", "cv2", "scipy", "sklearn", "matplotlib", "shtab"} & set(loaded)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

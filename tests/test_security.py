@@ -28,7 +28,7 @@ from unmask.data import collect, crops, datasets, faces
 from unmask.data.manifest import COLUMNS, ManifestError, item_id, media_path, read_manifest, write_manifest
 from unmask.detectors import base, clip_backbone
 from unmask.figures import save_figure, save_table
-from unmask.profile import ROOT, ProfileError, Study, load_profile
+from unmask.profile import ROOT, ProfileError, Study, load_profile, parse_changes
 from unmask.scoring import score_media
 from unmask.workflow import parse_options, study_profile
 
@@ -345,7 +345,7 @@ def test_malicious_profiles(place, tmp_path, text):
     with pytest.raises(ProfileError, match="not valid YAML"):
         load_profile(tmp_path / "mine.yaml")
     with pytest.raises(ProfileError, match="cannot be read"):
-        cli.parse_changes([f"seeds={text.format(place).partition(': ')[2] or text.format(place)}"])
+        parse_changes([f"seeds={text.format(place).partition(': ')[2] or text.format(place)}"])
 
 
 # --- Paths that would leave their folder

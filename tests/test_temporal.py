@@ -10,6 +10,7 @@ from conftest import TINY, tiny_profile
 from sklearn.metrics import roc_auc_score
 
 from unmask import cli, features, scoring, temporal
+from unmask.commands import training as commands
 from unmask.data.crops import CropStore, read_index
 from unmask.data.manifest import read_manifest, write_manifest
 from unmask.detectors import base
@@ -244,4 +245,4 @@ def test_the_command_line_trains_heads(tiny_world, dense_crops, tiny_checkpoint,
 
 
 def test_the_command_line_names_what_there_is():
-    assert set(cli.HEADS) == set(HEADS) <= set(base.names()) and tuple(cli.VARIANTS) == tuple(VARIANTS)
+    assert set(commands.HEADS) == set(HEADS) <= set(base.names()) and tuple(commands.VARIANTS) == tuple(VARIANTS)

@@ -4,34 +4,9 @@ import argparse
 import difflib
 import itertools
 import re
+import sys
 from collections.abc import Iterable, Sequence
 
-# The commands as `unmask --help` lists them.
-GROUPS = {
-    "set-up": ("doctor", "fetch", "completion"),
-    "data": ("world", "index", "preprocess"),
-    "training": ("train", "lare", "unsupervised"),
-    "judging": ("score", "panel", "evaluate", "table", "export"),
-    "cameras": ("cluster", "fingerprints"),
-}
-EXAMPLES = {
-    "doctor": "unmask doctor --profile paper",
-    "fetch": "unmask fetch yunet",
-    "completion": "unmask completion bash >~/.local/share/bash-completion/completions/unmask",
-    "world": "unmask world world --profile tiny --seed 1",
-    "index": "unmask index my_media --layout folder --out manifest.parquet",
-    "preprocess": "unmask preprocess manifest.parquet crops --locator yunet --set preprocess.frames=16",
-    "cluster": "unmask cluster my_media --out clusters.csv",
-    "fingerprints": "unmask fingerprints my_media fingerprints --shard 0/16",
-    "unsupervised": "unmask unsupervised --stage 1 --manifest manifest.parquet --crops crops --out unsupervised",
-    "train": "unmask train convnext --manifest manifest.parquet --crops crops --out checkpoint --set train.epochs=8",
-    "score": "unmask score my_media clip.mp4 --checkpoint checkpoint --out scores.csv",
-    "panel": "unmask panel checkpoint --manifest manifest.parquet --crops crops --out panel.json",
-    "export": "unmask export checkpoint --format onnx --out detector.onnx --verify",
-    "lare": "unmask lare manifest.parquet --crops crops --settings demo-t200-e4-128 --out maps",
-    "evaluate": "unmask evaluate scores.csv manifest.parquet --out table.csv",
-    "table": "unmask table ablation_sbi --profile tiny",
-}
 # What a value is, by its placeholder, for completion.
 FILES = {
     "MANIFEST", "MEDIA", "MANIFEST_OR_FOLDER", "SCORES", "FILE", "CKPT", "SCORES.csv", "CLUSTERS.csv", "PANEL.json",
@@ -63,7 +38,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, "formatter_class": Formatter} | kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
-        if args is not None and self._subparsers is None:
+        args = sys.argv[1:] if args is None else args
+        if self._subparsers is None:
             self._refuse_unknown(args)  # before argparse misses what was mistyped
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:  # refused here, where the options of the command are known, and not by the parser above
@@ -88,15 +64,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; `{self.prog} --help` says more.\n")
 
 
-def overview(commands: argparse._SubParsersAction) -> str:
-    """The commands in their groups with a line each."""
-    told = {action.dest: action.help for action in commands._choices_actions}
-    known = [name for names in GROUPS.values() for name in names]
-    groups = GROUPS | {"others": tuple(name for name in told if name not in known)}
+def overview(groups: dict[str, dict[str, str]]) -> str:
+    """The commands in their groups with a line each, from {group: {command: what it does}}."""
     lines = []
-    for group, names in groups.items():
-        rows = [f"    {name:<14}{told[name]}" for name in names if name in told]
-        lines += [f"  {group}:", *rows] if rows else []
+    for group, commands in groups.items():
+        lines += [f"  {group}:", *(f"    {name:<14}{about}" for name, about in commands.items())]
     return "\n".join(["commands:", *lines, "", "unmask COMMAND --help shows the options of one, with an example."])
 
 

@@ -25,6 +25,7 @@ import yaml
 
 from unmask import slurm
 from unmask.catalogue import maker
+from unmask.cli_help import Parser
 from unmask.machine import DiskError, writing
 from unmask.plan import Chapter, WorkflowError, make_plan, out_of_date
 from unmask.profile import ROOT, Profile, ProfileError, load_profile, parse_changes, write_atomic
@@ -327,10 +328,9 @@ def _with_needs(stems: Sequence[str], chapters: Sequence[Chapter]) -> set[str]:
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Options of run_all.sh."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="run_all.sh",
-        description="Run the study: every notebook that is not up to date, then the report (figures/report.html).",
-        allow_abbrev=False,
+        description="Run the study: every notebook that is not up to date, then the report\n(figures/report.html).",
     )
     parser.add_argument("--profile", default="demo", help="demo (default), tiny, paper, or a file of your own")
     parser.add_argument("--data", metavar="FOLDER|MANIFEST", help="your own media instead of the profile's data sets")
