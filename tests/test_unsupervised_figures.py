@@ -207,7 +207,7 @@ def test_reduced_keeps_distances_of_few_vectors():
     np.testing.assert_allclose(np.linalg.norm(found[0] - found[5]), np.linalg.norm(points[0] - points[5]), rtol=1e-6)
 
 
-@pytest.mark.parametrize("count", [3, 5, 40])
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 40])
 def test_tsne_is_finite_and_repeats(count):
     points = maps.reduced(blobs(count)[0], 0)
     first, second = maps.tsne(points, 0), maps.tsne(points, 0)

@@ -27,16 +27,23 @@ def middle_frames(folder: str | os.PathLike) -> tuple[np.ndarray, dict[str, np.n
 
 
 def reduced(vectors: np.ndarray, seed: int) -> np.ndarray:
-    """The first 50 principal components (fewer of few vectors) of float[N,D], N > 1: float64[N,K]."""
+    """The first 50 principal components of float[N,D]: float64[N,K]; fewer of few vectors, but two, of zeros if need be."""
     count = min(50, len(vectors) - 1, vectors.shape[1])
-    return PCA(count, svd_solver="full", random_state=seed).fit_transform(vectors.astype(np.float64))
+    if count < 1:
+        return np.zeros((len(vectors), 2))
+    points = PCA(count, svd_solver="full", random_state=seed).fit_transform(vectors.astype(np.float64))
+    return np.pad(points, ((0, 0), (0, max(0, 2 - count))))
 
 
 def tsne(points: np.ndarray, seed: int) -> np.ndarray:
-    """t-SNE map float[N,2] of float[N,K], N > 2 (van der Maaten and Hinton, JMLR 2008); perplexity 30, or N / 4."""
+    """t-SNE map float[N,2] of float[N,K], K > 1 (van der Maaten and Hinton, JMLR 2008); perplexity 30, or N / 4.
+
+    Fewer than three points have no neighbourhoods to keep: their first two columns.
+    """
+    if len(points) < 3:
+        return points[:, :2].astype(float)
     perplexity = min(30.0, len(points) / 4)
-    start = "pca" if points.shape[1] > 1 else "random"
-    return TSNE(2, perplexity=perplexity, init=start, random_state=seed).fit_transform(points).astype(float)
+    return TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(points).astype(float)
 
 
 def grouping(points: np.ndarray, labels: np.ndarray, seed: int) -> dict[str, float]:
