@@ -39,7 +39,8 @@ NOT_RUN = {
     "conda env create -f environment.yaml && conda activate unmask": "needs conda and some GB of downloads",
     "jupyter lab notebooks": "a server that does not end",
     "accelerate launch -m unmask.cli train d2st ...": "several GPUs; the same training runs above on one process",
-} | ({} if YUNET else {"unmask fetch yunet": "a download"})
+    "unmask fetch yunet": "a download; tests/test_downloads.py has it from a server of its own",
+}
 # Their commands need a cluster, a browser or a million videos, and have tests of their own: here they are parsed.
 PARSED = ("docs/colab.md", "docs/hpc.md", "docs/scale.md")
 

@@ -28,7 +28,7 @@ def fingerprints(options: argparse.Namespace) -> int:
     profile = profile_of(options)
     settings = settings_of(profile, {"frames": options.frames, "crop": options.crop})
     workers = options.workers or profile.workers
-    rows = fingerprint_files(options.media, options.out, settings, options.crops, workers, options.shard)
+    rows = fingerprint_files(options.media, options.out, settings, options.crops, workers, options.shard or (0, 1))
     print(f"{len(rows)} media, {int((rows['status'] == 'failed').sum())} failed: {options.out}")
     return 0
 

@@ -17,7 +17,7 @@ def score(options: argparse.Namespace) -> int:
     if len(options.checkpoint) != 1 or options.panel:
         raise ProfileError("Without --explain, give one --checkpoint and no --panel.")
     given = options.media, options.checkpoint[0], options.out, options.locator, options.workers or 1
-    table = score_media(*given, model=options.model, shard=options.shard)
+    table = score_media(*given, model=options.model, shard=options.shard or (0, 1))
     if len(table) <= MOST_ROWS:
         print(table.to_string(index=False))
     print(f"{int((table['status'] == 'ok').sum())} of {len(table)} scored: {options.out}")
@@ -31,7 +31,7 @@ def _explained(options: argparse.Namespace) -> int:
 
     if options.model:
         raise ProfileError("--model is for a detector that reads LaRE maps, which --explain does not make.")
-    if options.shard != (0, 1):
+    if options.shard:
         raise ProfileError("--shard is for scores; --explain judges all media that it is given in one call.")
     if options.panel and options.checkpoint:
         raise ProfileError("Give --panel or --checkpoint: a panel names its own checkpoints.")

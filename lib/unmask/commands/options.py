@@ -32,9 +32,9 @@ def profile_of(options: argparse.Namespace) -> Profile:
 
 
 def shard_option(sub: argparse.ArgumentParser) -> None:
-    """--shard I/N; a command without it does everything: (0, 1)."""
+    """--shard I/N; None, which means everything, without it."""
     sub.add_argument(
-        "--shard", type=_shard, default=(0, 1), metavar="I/N",
+        "--shard", type=_shard, metavar="I/N",
         help="do every N-th item from the I-th on; the last shard to end joins all (default: everything)",
     )  # fmt: skip
 
