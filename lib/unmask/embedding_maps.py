@@ -27,7 +27,7 @@ def middle_frames(folder: str | os.PathLike) -> tuple[np.ndarray, dict[str, np.n
 
 
 def reduced(vectors: np.ndarray, seed: int) -> np.ndarray:
-    """The first 50 principal components of float[N,D]: float64[N,K]; fewer of few vectors, but two, of zeros if need be."""
+    """The first 50 principal components of float[N,D]: float64[N,K]; of few vectors fewer, but two, be it of zeros."""
     count = min(50, len(vectors) - 1, vectors.shape[1])
     if count < 1:
         return np.zeros((len(vectors), 2))
