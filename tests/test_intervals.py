@@ -286,3 +286,5 @@ def test_groups_are_told_apart_as_text():
     as_text = auc_interval(labels, scores, ["1", "1", "2", "2", "10", "10"], draws=40)
     assert auc_interval(labels, scores, [1, 1, 2, 2, 10, 10], draws=40) == as_text
     assert auc_interval(labels, scores, np.array([1, "1", 2, "2", 10, 10], object), draws=40) == as_text
+    odd = np.array([None, None, "None", np.nan, "nan", "z"], object)  # sorted as text: they are drawn by their places
+    assert auc_interval(labels, scores, odd, draws=40) == auc_interval(labels, scores, odd.astype(str), draws=40)

@@ -26,7 +26,7 @@ class _Items:
 
     def __init__(self, labels, groups):
         self.fake = np.asarray(labels) == 1
-        codes, names = pd.factorize(np.asarray(groups), use_na_sentinel=False)
+        codes, names = pd.factorize(np.asarray(groups).astype(str))  # as text: None is a group too
         self.group = np.unique(names.astype(str), return_inverse=True)[1][codes]
         self.groups = int(self.group.max()) + 1
         sizes = [np.bincount(self.group[kind], minlength=self.groups) for kind in (self.fake, ~self.fake)]
