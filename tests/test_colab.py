@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -103,6 +104,13 @@ def test_cell_unpacks_an_upload_whatever_folder_it_holds(tmp_path, top):
     zipped(kit(tmp_path / "kit"), content / "unmask-main.zip", top)
     assert run_cell(content) == (0, expected(content), "")
     assert run_cell(content) == (0, expected(content), "")  # the cell run again
+
+
+def test_cell_takes_no_unpacking_that_was_cut_short_for_a_kit(tmp_path):
+    content = tmp_path / "content"
+    (kit(content / ".unmask") / "lib/unmask/colab.py").unlink()
+    zipped(kit(tmp_path / "kit"), content / "unmask.zip")
+    assert run_cell(content) == (0, expected(content), "")
 
 
 @pytest.mark.parametrize("name", ["../outside.py", "unmask-main/../../outside.py", "/tmp/outside.py"])
@@ -247,7 +255,8 @@ def study(root: Path, run: str = "tiny") -> Path:
 
 
 def content_of(root: Path) -> dict[str, str]:
-    return {str(path.relative_to(root)): path.read_text() for path in root.rglob("*") if path.is_file()}
+    found = (path for path in root.rglob("*") if path.is_file() and path.name != archives.ORIGIN)
+    return {str(path.relative_to(root)): path.read_text() for path in found}
 
 
 @pytest.mark.parametrize("run", ["tiny", "demo", "demo-my-media-1a2b3c"])
@@ -336,7 +345,7 @@ def test_a_restore_that_was_cut_short_starts_anew(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name",
     ["../x", "/x", "x", "data/work/tiny/../../../x", "data/work/other/x", "figures/x", "lib/unmask/cli.py", "C:\\x",
-     "figures/tiny/..\\..\\x", "data/work/tinyx/x"],
+     "figures/tiny/..\\..\\x", "data/work/tinyx/x", "data/work/tiny", "figures/tiny"],
 )  # fmt: skip
 def test_an_archive_cannot_write_elsewhere(tmp_path, name):
     path = archive("tiny", tmp_path, study(tmp_path / "old"))
@@ -345,6 +354,102 @@ def test_an_archive_cannot_write_elsewhere(tmp_path, name):
     with pytest.raises(ArchiveError, match="is refused.*outside the run tiny"):
         restore(path, tmp_path / "new")
     assert content_of(tmp_path / "new") == {}
+
+
+@pytest.mark.parametrize("name", ["figures/tiny/a.png", "figures/tiny/tables/a.csv", "figures/tiny/", "figures/tables"])
+def test_the_demos_archive_writes_no_other_runs_figures(tmp_path, name):
+    path = archive("demo", tmp_path, study(tmp_path / "old", "demo"))
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr(name, "evil")
+    with pytest.raises(ArchiveError, match=f"'{name}' lies outside the run demo"):
+        restore(path, tmp_path / "new")
+    assert content_of(tmp_path / "new") == {}
+
+
+def test_an_archive_that_was_packed_anew_has_folders_too(tmp_path):
+    old = study(tmp_path / "old", "demo")
+    with zipfile.ZipFile(tmp_path / "run-demo.zip", "w") as file:
+        for folder in ("data/work/demo", "data/work/demo/crops", "figures", "figures/tables"):
+            file.write(old / folder, folder)
+        for name in content_of(old):
+            file.write(old / name, name)
+    assert restore(tmp_path / "run-demo.zip", tmp_path / "new")
+    assert content_of(tmp_path / "new") == content_of(old)
+
+
+def test_a_file_where_another_entry_needs_a_folder_is_an_error_of_the_archive(tmp_path):
+    path = archive("tiny", tmp_path, study(tmp_path / "old"))
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("data/work/tiny/crops", "a file")
+    with pytest.raises(ArchiveError, match="run-tiny.zip is damaged"):
+        restore(path, tmp_path / "new")
+    assert content_of(tmp_path / "new") == {}
+
+
+def test_an_archive_with_a_password_is_an_error_of_the_archive(tmp_path):
+    path = archive("tiny", tmp_path, study(tmp_path / "old"))
+    data = bytearray(path.read_bytes())
+    for signature, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # the first entry's flags: encrypted
+        data[data.index(signature) + place] |= 1
+    path.write_bytes(data)
+    with pytest.raises(ArchiveError, match="run-tiny.zip is damaged.*password"):
+        restore(path, tmp_path / "new")
+
+
+def names_on(drive: Path) -> list[str]:
+    return sorted(path.name for path in drive.iterdir())
+
+
+def held(path: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as file:
+        return {name: file.read(name) for name in file.namelist()}
+
+
+def test_a_run_that_was_begun_before_drive_was_set_replaces_no_archive(tmp_path, capsys):
+    drive, lesser = tmp_path / "drive", study(tmp_path / "lesser")
+    drive.mkdir()
+    good = study(tmp_path / "good")
+    (good / "data/work/tiny/results/05_convnext.json").write_text("hours of work")
+    before = held(archive("tiny", drive, good))
+    archive("tiny", drive, lesser)
+    said = capsys.readouterr().err
+    assert "run-tiny.zip was another session's: kept as run-tiny.previous.zip" in said
+    assert names_on(drive) == ["run-tiny.previous.zip", "run-tiny.zip"]
+    assert held(drive / "run-tiny.previous.zip") == before and held(drive / "run-tiny.zip") != before
+    archive("tiny", drive, lesser)
+    assert names_on(drive) == ["run-tiny.previous.zip", "run-tiny.zip"] and not capsys.readouterr().err
+    shutil.rmtree(lesser)  # and begun once more
+    archive("tiny", drive, study(lesser))
+    assert names_on(drive) == ["run-tiny.previous-2.zip", "run-tiny.previous.zip", "run-tiny.zip"]
+    assert held(drive / "run-tiny.previous.zip") == before
+
+
+def test_a_session_that_was_lost_goes_on_with_its_archive(tmp_path, capsys):
+    drive = tmp_path / "drive"
+    drive.mkdir()
+    restore(archive("tiny", drive, study(tmp_path / "old")), tmp_path / "new")
+    (tmp_path / "new/data/work/tiny/more").write_text("more")
+    archive("tiny", drive, tmp_path / "new")
+    assert names_on(drive) == ["run-tiny.zip"] and "data/work/tiny/more" in held(drive / "run-tiny.zip")
+    assert not capsys.readouterr().err
+
+
+def test_two_sessions_at_once_keep_the_last_of_both(tmp_path):
+    drive, one, two = tmp_path / "drive", study(tmp_path / "one"), tmp_path / "two"
+    drive.mkdir()
+    restore(archive("tiny", drive, one), two)
+    for turn in range(3):  # the second writes upon what it restored, the first finds what it did not write, ...
+        for root in (two, one):
+            (root / "data/work/tiny/of").write_text(f"{root.name} {turn}")
+            archive("tiny", drive, root)
+    kept = {name: held(drive / name)["data/work/tiny/of"].decode() for name in names_on(drive)}
+    assert kept == {"run-tiny.previous.zip": "two 2", "run-tiny.previous-2.zip": "one 1", "run-tiny.zip": "one 2"}
+
+
+def test_an_archive_that_cannot_be_read_is_not_replaced_either(tmp_path):
+    (tmp_path / "run-tiny.zip").write_bytes(b"PK of another")
+    archive("tiny", tmp_path, study(tmp_path / "old"))
+    assert (tmp_path / "run-tiny.previous.zip").read_bytes() == b"PK of another"
 
 
 def test_a_link_in_an_archive_is_no_link_afterwards(tmp_path):
@@ -395,6 +500,24 @@ def test_changed_runs_are_archived_and_others_not(tmp_path, capsys):
     assert path.exists()
 
 
+@pytest.mark.parametrize(
+    "error", [RuntimeError("File size too large"), OSError(5, "gone"), zipfile.LargeZipFile("4 GB")]
+)
+@pytest.mark.parametrize("step", ["_state", "archive"])
+def test_the_keeper_lives_on_and_says_what_failed(tmp_path, monkeypatch, capsys, step, error):
+    root, known = study(tmp_path / "old"), {}
+
+    def fails(*arguments):
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(archives, step, fails)
+        archive_changed(tmp_path, root, known)
+    assert f"tiny could not be archived: {error}" in capsys.readouterr().err
+    archive_changed(tmp_path, root, known)
+    assert (tmp_path / "run-tiny.zip").exists()
+
+
 def test_there_is_one_keeper(tmp_path):
     first = archives.keep(tmp_path, study(tmp_path / "old"), minutes=1e5)
     assert first.daemon and archives.keep(tmp_path, tmp_path, minutes=1e5) is first
@@ -433,6 +556,21 @@ def test_setup_restores_an_uploaded_archive(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PYTHONPATH", "")
     colab.setup(tmp_path, root=tmp_path / "root")
     assert archives.runs(tmp_path / "root") == ["tiny"]
+
+
+def test_setup_skips_what_is_not_called_as_an_archive_is(tmp_path, monkeypatch, capsys):
+    archive("demo", tmp_path, study(tmp_path / "old", "demo"))
+    shutil.copy(tmp_path / "run-demo.zip", tmp_path / "run-demo (1).zip")
+    shutil.copy(tmp_path / "run-demo.zip", tmp_path / "run-tiny.previous.zip")
+    shutil.copy(tmp_path / "run-demo.zip", tmp_path / "run-tiny.previous-2.zip")
+    monkeypatch.setattr(colab, "install_missing", lambda root: [])
+    monkeypatch.setenv("PYTHONPATH", "")
+    colab.setup(tmp_path, root=tmp_path / "root")
+    said = capsys.readouterr().out
+    assert archives.runs(tmp_path / "root") == ["demo"] and "run-demo.zip: restored" in said
+    assert [line.split(":")[0] for line in said.splitlines() if "skipped" in line] == [
+        "run-demo (1).zip", "run-tiny.previous-2.zip", "run-tiny.previous.zip"
+    ]  # fmt: skip
 
 
 def test_device_names_the_gpu_and_what_it_computes_in(monkeypatch):

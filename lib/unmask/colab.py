@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
-from unmask.archives import DRIVE, MINUTES, archive, keep, restore
+from unmask.archives import DRIVE, MINUTES, archive, keep, restore, run_of
 from unmask.profile import ROOT
 
 KEPT = ("torch", "torchvision", "numpy")
@@ -51,7 +51,10 @@ def setup(content: str | os.PathLike = "/content", drive: bool = False, root: Pa
     print(device())
     folder = _mounted(Path(content)) if drive else Path(content)
     for path in sorted(folder.glob("run-*.zip")):
-        print(f"{path.name}:", "restored" if restore(path, root) else "left alone, that run is here already")
+        if run_of(path) is None:  # a browser's second download, or an archive that was set aside
+            print(f"{path.name}: skipped; to have it restored, call it run-RUN.zip, RUN being the run that it holds")
+        else:
+            print(f"{path.name}:", "restored" if restore(path, root) else "left alone, that run is here already")
     if drive:
         keep(folder, root)
         print(f"Runs are archived to {folder} every {MINUTES:.0f} minutes, and by unmask.colab.archive(run).")
