@@ -18,6 +18,8 @@ import pandas as pd
 import pyarrow
 import pyarrow.parquet as pq
 import pytest
+import safetensors.torch
+import timm
 import tiny_clips
 import torch
 import yaml
@@ -182,6 +184,72 @@ def test_malicious_checkpoints(place, tmp_path, form, capsys):
         base.load_checkpoint(folder)
     arguments = ["score", str(tmp_path), "--checkpoint", str(folder), "--out", str(tmp_path / "s.csv")]
     assert cli.main(arguments) == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.fixture
+def evil_network(place, tmp_path):
+    """A folder that timm takes for a network with weights, and the weights are malice."""
+    folder = tmp_path / "evil"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"architecture": "convnext_atto", "num_classes": 10}))
+    (folder / "pytorch_model.bin").write_bytes(evil_files(place)["torch"])
+    return folder
+
+
+NETWORKS = [
+    {"backbone": "local-dir:{}", "pretrained": True}, {"backbone": "local-dir:{}"}, {"backbone": "{}"},
+    {"backbone": "hf-hub:evil/model"}, {"backbone": "hf_hub:evil/model", "pretrained": True},
+    {"backbone": "HF-HUB:evil/model"}, {"backbone": "timm/convnext_atto.d2_in1k", "pretrained": True},
+    {"backbone": "convnext_atto", "pretrained": True}, {"backbone": "convnext_atto.hf-hub:evil/model"},
+    {"backbone": "convnext_atto", "pretrained": 1}, {"pretrained": "yes"}, {"backbone": ["local-dir:{}"]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", NETWORKS)
+@pytest.mark.parametrize("detector", ["convnext", "embedding", "gru"])
+def test_cards_name_no_weights_to_load_or_fetch(place, tmp_path, evil_network, monkeypatch, config, detector):
+    """timm takes folders and repositories for networks, and older versions unpickle what lies there."""
+    asked = []
+
+    def as_older_ones_did(name, pretrained=False, **options):
+        asked.append(name)
+        if str(name).startswith("local-dir:") and pretrained:
+            torch.load(Path(name.partition(":")[2]) / "pytorch_model.bin", weights_only=False)
+        raise RuntimeError("no such network")
+
+    monkeypatch.setattr(timm, "create_model", as_older_ones_did)
+    config = json.loads(json.dumps(config).replace("{}", str(evil_network)))
+    if detector == "gru":
+        config = {"spatial": {"detector": "convnext", "config": config}, "frames": 4, "differences": False}
+    with pytest.raises(base.CheckpointError, match="no network named|brings its own|no attribute"):
+        base.load_checkpoint(checkpoint_of(tmp_path, detector, config))
+    assert asked == []
+
+
+def checkpoint_of(tmp_path, detector, config):
+    """A folder whose weights are whole and whose card says this."""
+    weights = safetensors.torch.save({"weight": torch.zeros(1)})
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / base.WEIGHTS).write_bytes(weights)
+    card = {"detector": detector, "config": config, "input": {"size": 96}}
+    card["sha256"] = hashlib.sha256(weights).hexdigest()
+    (tmp_path / "checkpoint" / base.CONFIG).write_text(json.dumps(card))
+    return tmp_path / "checkpoint"
+
+
+@pytest.mark.parametrize("config", [
+    {"backbone": "hf-hub:evil/model"}, {"backbone": "hf-hub:evil/model", "weights": "openai"},
+    {"backbone": "HF-HUB:evil/model"}, {"backbone": "ViT-B-32", "weights": "hf-hub:evil/model"},
+    {"backbone": "ViT-B-32", "weights": "laion2b_s34b_b79k"}, {"backbone": "ViT-B-32", "weights": "https://evil/x.pt"},
+])  # fmt: skip
+@pytest.mark.parametrize("detector", ["ufd", "clip-nn", "clip-adapter"])
+def test_cards_name_no_clip_to_fetch(tmp_path, monkeypatch, detector, config):
+    asked, known = [], open_clip.get_model_config
+    monkeypatch.setattr(open_clip, "get_model_config", lambda name: asked.append(name) or known(name))
+    monkeypatch.setattr(open_clip, "create_model", lambda *a, **options: asked.append("create_model"))
+    with pytest.raises(base.CheckpointError, match="has none of|neither a file nor a tag"):
+        base.load_checkpoint(checkpoint_of(tmp_path, detector, config))
+    assert asked in ([], ["ViT-B-32"])
 
 
 @every_form

@@ -1,5 +1,8 @@
 """Published weights, fetched over https: `unmask fetch`. What has no sha256 pinned here is not downloaded.
 
+Two exceptions, where the user asks for them: a profile with `pretrained: true` (as `paper` has) lets timm fetch its
+weights, and the locator uniface those of its package. The kit knows no sha256 of either.
+
 A file grows as NAME.part, from where it stopped if need be, and gets its name once its sha256 is the pinned one.
 """
 

@@ -152,6 +152,13 @@ def build(name: str, **config) -> Detector:
     return registered(name)(**config)
 
 
+def rebuild(name: str, config: dict) -> Detector:
+    """The detector that a card describes, its weights still random. ValueError for a card that asks for others'."""
+    if config.get("pretrained"):
+        raise ValueError("its config asks for pretrained weights, and a checkpoint brings its own: leave that key out.")
+    return build(name, **config)
+
+
 def module(name: str) -> ModuleType:
     """The module that defines a registered detector. ValueError for an unknown name."""
     return sys.modules[registered(name).__module__]
@@ -198,7 +205,7 @@ def load_checkpoint(folder: str | Path) -> tuple[Detector, dict]:
     """The detector of a checkpoint folder, in evaluation mode, and its config.json. Raises CheckpointError."""
     weights, card = read_checkpoint(folder)
     try:
-        detector = build(card["detector"], **card["config"])
+        detector = rebuild(card["detector"], card["config"])
         detector.load_state_dict(weights)
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in card["input"].items()}
         if InputSpec(**given) != detector.input_spec:

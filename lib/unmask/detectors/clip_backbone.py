@@ -163,7 +163,7 @@ def load(name: str, weights: str | None = None) -> ClipBackbone:
     """
     import open_clip
 
-    name = name if name.startswith(FOLDER) else name.replace("/", "-")  # both spellings are known
+    name = name if ":" in name else name.replace("/", "-")  # both spellings are known
     tag, stated = _checked(name, weights)
     file = str(_published(name, weights, tag)) if tag else weights
     try:
@@ -223,6 +223,11 @@ def _checked(name: str, weights: str | None) -> tuple[dict, bool]:
     import open_clip
 
     source = _source(name)
+    if ":" in name and not name.startswith(FOLDER):  # open_clip would fetch an hf-hub: model, whoever made it
+        raise BackboneError(
+            f"The kit downloads what it has a sha256 of, and it has none of '{name}'. Fetch it yourself, with its "
+            f"open_clip_config.json, and name its folder: `{FOLDER}PATH`."
+        )
     if name == DEMO and not (WEIGHTS / name).is_dir():
         raise BackboneError(f"{name} is the kit's own CLIP, and it is not here: there is no folder {WEIGHTS / name}.")
     try:

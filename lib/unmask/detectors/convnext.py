@@ -1,5 +1,7 @@
 """ConvNeXt (Liu et al., CVPR 2022) frame by frame, with optional fusion and frequency branch; clips are averaged."""
 
+import re
+
 import timm
 import torch
 import torch.nn.functional as F
@@ -54,6 +56,14 @@ def check(fusion: str, frequency: str, join: str, size: int) -> None:
         raise ValueError(f"ConvNeXt needs a crop size that is a multiple of 32, not {size}.")
 
 
+def timm_network(name: str, **options) -> nn.Module:
+    """A network that timm knows by `name`, without its classifier; `options` as timm's. ValueError for any other."""
+    # timm also takes folders and repositories (local-dir:, hf-hub:), and of those, in older versions, pickled weights.
+    if not re.fullmatch(r"\w+(\.\w+)?", name) or not timm.is_model(name):
+        raise ValueError(f"timm has no network named '{name}'; `timm.list_models()` lists what it has.")
+    return timm.create_model(name, num_classes=0, **options)
+
+
 @register("convnext")
 class ConvNeXt(Detector):
     """Any timm ConvNeXt with one logit, and a head that locates the blending boundary.
@@ -85,9 +95,7 @@ class ConvNeXt(Detector):
         self.input_spec = InputSpec(size, native=native)
         # Not None, which timm drops from the options, to leave its 1e-6. The second version has no layer scale at all.
         options = {} if layer_scale or backbone.startswith("convnextv2") else {"ls_init_value": 1.0}
-        self.backbone = timm.create_model(
-            backbone, pretrained=pretrained, num_classes=0, drop_path_rate=drop_path, **options
-        )
+        self.backbone = timm_network(backbone, pretrained=pretrained, drop_path_rate=drop_path, **options)
         widths = [stage["num_chs"] for stage in self.backbone.feature_info]
         self.frequency = None if frequency == "none" else BRANCHES[frequency](widths[0], size)
         self.head = nn.Linear(self.backbone.num_features, 1)

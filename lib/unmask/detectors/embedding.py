@@ -1,12 +1,11 @@
 """A backbone with two heads: unit vectors to compare frames by (contrastive learning), and the logit of "fake"."""
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from unmask.detectors.base import Detector, InputSpec, masked_mean, register
-from unmask.detectors.convnext import ConvNeXt
+from unmask.detectors.convnext import ConvNeXt, timm_network
 
 
 @register("embedding")
@@ -35,7 +34,7 @@ class Embedding(Detector):
         elif frequency != "none" or layer_scale is not None:
             raise ValueError(f"frequency and layer_scale are for a ConvNeXt, not for '{backbone}'.")
         else:
-            self.body = timm.create_model(backbone, pretrained=pretrained, num_classes=0)
+            self.body = timm_network(backbone, pretrained=pretrained)
         width = self._width()
         # Frames of faces start so alike that without the normalisation all vectors collapse to one (as in SimCLR v2).
         self.projector = nn.Sequential(

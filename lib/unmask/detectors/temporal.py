@@ -75,7 +75,7 @@ class Temporal(Detector):
 
     def __init__(self, spatial: dict, frames: int, differences: bool):
         super().__init__()
-        self.spatial = base.build(spatial["detector"], **spatial["config"]).requires_grad_(False).eval()
+        self.spatial = base.rebuild(spatial["detector"], spatial["config"]).requires_grad_(False).eval()
         spec = self.spatial.input_spec
         self.config = {
             "spatial": {"detector": self.spatial.name, "config": self.spatial.config},
