@@ -139,6 +139,9 @@ def test_options_of_a_layout_are_given_by_name(tmp_path, monkeypatch, capsys):
     assert cli.main([*words, "--option", "compression=c40"]) == 0 and "no real class" not in capsys.readouterr().out
     code, told = said(capsys, *words, "--option", "compresion=c40")
     assert code == 2 and "takes no option compresion; it takes ffpp_root, compression" in told
+    for key in ("seed", "root", "layout", "dataset", "tree"):  # arguments of functions on the way
+        code, told = said(capsys, *words, "--option", f"{key}=1")
+        assert code == 2 and f"takes no option {key}; it takes ffpp_root, compression" in told
     code, told = said(capsys, *words, "--option", "c40")
     assert code == 2 and "KEY=VALUE" in told
 

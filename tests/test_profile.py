@@ -18,6 +18,15 @@ from unmask.profile import (
 )
 
 
+@pytest.mark.parametrize("name", ["tables", "Tables", "report.html", "README.md", "world.png", "plotly.min.js"])
+def test_names_that_figures_uses_are_no_runs(tmp_path, name):
+    (tmp_path / f"{name}.yaml").write_text("seeds: 2\n")
+    with pytest.raises(ProfileError, match=f"A run cannot be called '{name}'.*say `run: NAME` in {name}.yaml"):
+        load_profile(tmp_path / f"{name}.yaml")
+    (tmp_path / f"{name}.yaml").write_text(f"run: {name}-1\n")
+    assert load_profile(tmp_path / f"{name}.yaml").run == f"{name}-1"
+
+
 def resolved(tmp_path, name="demo", run=None, **changes):
     """A resolved profile file as the workflow writes it, in a root of its own."""
     profile = load_profile(name, changes)

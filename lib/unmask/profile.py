@@ -27,6 +27,8 @@ from unmask.machine import writing
 IDENTITY = ("name", "run")
 # They become folders' names, and a part of patterns that Snakemake reads.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+# Where figures/ has the demo's tables, figures, report and README itself, no run's folder can be.
+_TAKEN = re.compile(r"tables|.*\.(png|pdf|html|json|js|md)", re.IGNORECASE)
 # Keys that change how fast a study runs but never what it finds, so they stay out of every hash.
 SPEED = ("workers",)
 # What safe_load raises: for bytes that are no UTF-8 and a date such as 2024-99-99 ValueErrors, for brackets within
@@ -177,6 +179,10 @@ def _name(value: Any, key: str, path: Path) -> str:
         raise ProfileError(
             f"The {key} of a profile is of letters, digits, dots, dashes and underscores, and begins with a letter or "
             f"digit; {path.name!r} has {value!r}. Rename the file, or say `{key}: NAME` in it."
+        )
+    if key == "run" and _TAKEN.fullmatch(str(value)):
+        raise ProfileError(
+            f"A run cannot be called {value!r}, a name that figures/ uses: say `run: NAME` in {path.name}."
         )
     return str(value)
 

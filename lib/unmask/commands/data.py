@@ -23,10 +23,11 @@ def world(options: argparse.Namespace) -> int:
 
 
 def index(options: argparse.Namespace) -> int:
-    from unmask.data.datasets import index
+    from unmask.data.datasets import adapter_of, index
     from unmask.data.manifest import leakage, summary, write_manifest
 
     given = dict(text.partition("=")[::2] for text in options.option)
+    adapter_of(options.layout, given)  # here, where no KEY can be taken for an argument of `index`
     df, notes = index(options.root, options.layout, options.seed, **given)
     write_manifest(df, options.out)
     print(summary(df).to_string(), *notes, sep="\n")

@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -149,19 +149,8 @@ def register(name: str, expected: str) -> Callable[[Callable[..., None]], Callab
     return add
 
 
-def index(
-    root: Path | str, layout: str, seed: int = 0, dataset: str = "", **options: str | Path | None
-) -> tuple[pd.DataFrame, list[str]]:
-    """Manifest of the data set at `root`, and notes: sentences that name what is missing or odd, with counts.
-
-    layout: a key of LAYOUTS, or one that a file in UNMASK_PLUGINS registers. dataset: name in the manifest; default the
-    layout's, for "folder" the folder's.
-    options: `compression` for ffpp, dfd and deeperforensics; `ffpp_root` for deeperforensics.
-    Media are never opened: empty or broken files get a row like any other, and fail in later steps.
-    The result does not depend on the order in which the disk lists files.
-    Raises DatasetError if the root is missing, nothing is found, or an official list is missing or malformed.
-    """
-    root = Path(root).absolute()
+def adapter_of(layout: str, options: Iterable[str]) -> tuple[Callable[..., None], str]:
+    """The adapter of a layout and what it looks for. DatasetError for an unknown layout, or options not its own."""
     if layout not in LAYOUTS:
         plugins.load()
     if layout not in LAYOUTS:
@@ -176,6 +165,23 @@ def index(
         raise DatasetError(
             f"Layout {layout} takes no option {', '.join(unknown)}; it takes {', '.join(known) or 'none'}."
         )
+    return adapter, expected
+
+
+def index(
+    root: Path | str, layout: str, seed: int = 0, dataset: str = "", **options: str | Path | None
+) -> tuple[pd.DataFrame, list[str]]:
+    """Manifest of the data set at `root`, and notes: sentences that name what is missing or odd, with counts.
+
+    layout: a key of LAYOUTS, or one that a file in UNMASK_PLUGINS registers. dataset: name in the manifest; default the
+    layout's, for "folder" the folder's.
+    options: `compression` for ffpp, dfd and deeperforensics; `ffpp_root` for deeperforensics.
+    Media are never opened: empty or broken files get a row like any other, and fail in later steps.
+    The result does not depend on the order in which the disk lists files.
+    Raises DatasetError if the root is missing, nothing is found, or an official list is missing or malformed.
+    """
+    root = Path(root).absolute()
+    adapter, expected = adapter_of(layout, options)
     if not root.is_dir():
         raise DatasetError(f"There is no folder {root}; layout {layout} looks there for {expected}.")
     tree = Tree(root, dataset or (root.name if layout == "folder" else layout))
