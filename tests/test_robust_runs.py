@@ -228,6 +228,14 @@ def test_only_refusals_of_the_disk_are_translated(tmp_path):
             raise OSError(number, "x")
     with pytest.raises(FileNotFoundError), writing(tmp_path):
         (tmp_path / "missing").read_bytes()
+    (tmp_path / "file").write_text("x")
+    for place, word in (
+        ("file/below", "a file is in its way"),
+        ("file", "a file is in its way"),
+        ("gone", "not there"),
+    ):
+        with pytest.raises(DiskError, match=f"{tmp_path / place} .*{word}.*name another"), writing(tmp_path / place):
+            (tmp_path / place).mkdir() if word != "not there" else (tmp_path / place / "x").write_text("x")
     with pytest.raises(DiskError, match="inner"), writing("outer"), writing("inner"):
         raise OSError(errno.ENOSPC, "x")
 
@@ -394,12 +402,20 @@ def test_damaged_inputs_each_have_a_row_and_leave_the_others_alone(tmp_path, mon
     assert not faults and f"{count} damaged files" in section
 
 
+TIMED = ["frames_per_s", "train_s", "extraction, ms"]
+
+
 def test_only_times_may_differ_between_tables_of_two_studies(tmp_path):
-    for name, seconds, auc in (("a", 1, 0.5), ("b", 2, 0.5), ("c", 1, 0.6)):
-        table = pd.DataFrame({"auc": [auc], "seconds": [seconds]})
+    for name, seconds, auc, rate in (("a", 1, 0.5, 0.1), ("b", 2, 0.5, 0.1), ("c", 1, 0.6, 0.1), ("e", 2, 0.5, 0.2)):
+        table = pd.DataFrame({"auc": [auc], "false_alarm_rate": [rate], **dict.fromkeys(TIMED, [seconds])})
         write_atomic(tmp_path / name / "figures/tiny/tables/cost.csv", table.to_csv(index=False))
-    assert kills.differences(tmp_path / "a", tmp_path / "b") == (1, ["cost.seconds"], [])
-    assert kills.differences(tmp_path / "a", tmp_path / "c") == (1, [], ["cost.csv: auc differs."])
-    assert kills.differences(tmp_path / "a", tmp_path / "d") == (1, [], ["cost.csv is missing."])
+        write_atomic(tmp_path / name / "figures/tiny/tables/same.csv", "auc\n0.5\n")
+    assert kills.differences(tmp_path / "a", tmp_path / "b") == (2, [f"cost.{name}" for name in TIMED], [])
+    assert kills.differences(tmp_path / "a", tmp_path / "c") == (2, [], ["cost.csv: auc differs."])
+    assert kills.differences(tmp_path / "a", tmp_path / "d")[2] == ["cost.csv is missing.", "same.csv is missing."]
+    assert kills.differences(tmp_path / "a", tmp_path / "e")[2] == ["cost.csv: false_alarm_rate differs."]
+    compare = [sys.executable, str(ROOT / "tests/hpc/compare.py"), str(tmp_path / "a")]
+    told = {name: subprocess.run([*compare, str(tmp_path / name)], capture_output=True).returncode for name in "bce"}
+    assert told == {"b": 0, "c": 1, "e": 1}
     names = [".rows.json.ab12_x9z", ".clip.77.part.mp4", "x.tar.part"]
     assert all(kills.LEFTOVER.search(name) for name in names) and not kills.LEFTOVER.search("last.pt")
