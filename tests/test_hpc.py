@@ -1,5 +1,6 @@
 """Jobs on a cluster: the step that survives a signal, what is asked of SLURM, and, where it is installed, real jobs."""
 
+import contextlib
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -268,20 +270,86 @@ def test_the_profile_is_one_of_snakemake_and_the_scripts_leave_time_to_stop():
 
 @pytest.fixture(scope="module")
 def cluster():
-    """SLURM's commands, answering: a cluster that is up, or one of this machine alone for as long as the tests run."""
+    """SLURM's commands, answering: slurm.sh's own, up already or for as long as the tests run. Never another one."""
     missing = [name for name in ("slurmctld", "slurmd", "munged") if shutil.which(name) is None]
     if missing:
         pytest.skip(f"{', '.join(missing)} not installed (Debian: apt-get install slurm-wlm munge)")
-    if subprocess.run(["sinfo"], capture_output=True).returncode == 0:
+    with hold() as (process, said):
+        if said is None:
+            pytest.skip(f"no SLURM to try jobs on: {process.stderr.read().strip()}")
         yield
-        return
-    if os.geteuid():
-        pytest.skip("starting SLURM on this machine takes root")
-    started = subprocess.run([str(NODE), "start"], capture_output=True, text=True)
-    if started.returncode:
-        pytest.skip(f"SLURM does not start here: {started.stderr.strip()}")
-    yield
-    subprocess.run([str(NODE), "stop"], check=True)
+
+
+@contextlib.contextmanager
+def hold(script=NODE):
+    """slurm.sh's `hold`, and its word that SLURM is up; None if it is not."""
+    process = subprocess.Popen(
+        [str(script), "hold"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,  # Ctrl-C is for pytest, which ends it below
+    )  # fmt: skip
+    try:
+        yield process, process.stdout.readline() or None
+    finally:
+        process.stdin.close()
+        process.wait(timeout=120)
+
+
+@pytest.fixture
+def node(tools, tmp_path):
+    """slurm.sh as it is, with its files below tmp_path and stand-ins for SLURM's programs, none of which is up."""
+    for name in ("munge", "scancel", "squeue", "slurmctld", "slurmd"):
+        tools(name)
+    tools("id", "0\n")
+    tools("sinfo", "no controller", code=1)
+    text = NODE.read_text().replace("/etc/slurm", str(tmp_path / "etc")).replace("/var/tmp", str(tmp_path))
+    script = tmp_path / "slurm.sh"
+    script.write_text(text.replace("/run/munge", str(tmp_path / "munge")).replace("chown munge:", "true"))
+    script.chmod(0o755)
+    return script
+
+
+def left(folder):
+    return [name for name in ("etc/slurm.conf", "unmask-slurm") if (folder / name).exists()]
+
+
+def test_a_start_that_fails_leaves_nothing_behind(node, tools, tmp_path):
+    daemon = subprocess.Popen(["sleep", "600"])
+    tools("slurmd", code=1)
+    controller = tmp_path / "bin" / "slurmctld"
+    controller.write_text(f"#!/bin/sh\necho {daemon.pid} >{tmp_path}/unmask-slurm/slurmctld.pid\n")
+    # Reaped at once, as by the init of a daemon's own, for the script waits until it is gone.
+    waiting = threading.Thread(target=daemon.wait)
+    waiting.start()
+    with hold(node) as (process, said):
+        assert said is None and process.wait(timeout=30) == 1
+    waiting.join(timeout=10)
+    assert daemon.returncode == -signal.SIGTERM and left(tmp_path) == []
+
+
+def test_two_checkouts_do_not_use_slurm_at_once(node, tools, tmp_path):
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/slurm.conf").write_text("# Written by tests/hpc/slurm.sh\n")
+    tools("sinfo", "up")
+    with hold(node) as (_, said):
+        assert said == "SLURM is up already.\n"
+        for verb in ("hold", "start", "stop"):
+            other = subprocess.run([str(node), verb], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+            assert other.returncode == 1 and "in use by the tests of another checkout" in other.stderr
+    assert left(tmp_path) == ["etc/slurm.conf"], "what was up before stays up"
+    with hold(node) as (_, said):
+        assert said
+
+
+@pytest.mark.parametrize("conf", ["ClusterName=theirs\n", None])
+def test_a_cluster_that_is_not_slurm_shs_is_left_alone(node, tools, tmp_path, conf):
+    tools("sinfo", "up")
+    stopped = tools("scancel")
+    if conf:
+        (tmp_path / "etc").mkdir()
+        (tmp_path / "etc/slurm.conf").write_text(conf)
+    with hold(node) as (process, said):
+        assert said is None and "a SLURM of its own" in process.stderr.read()
+    assert stopped() == [] and left(tmp_path) == (["etc/slurm.conf"] if conf else [])
 
 
 def sbatch(*arguments, folder):
