@@ -356,6 +356,31 @@ def test_a_shard_taken_with_other_settings_is_taken_again(tmp_path, photos):
     assert len(cc.fingerprint_files(photos, tmp_path / "out", other, shard=(0, 2))) == len(list(photos.iterdir()))
 
 
+def test_a_medium_of_another_share_that_has_changed_is_noticed(tmp_path, photos, capsys):
+    def take(i):
+        return cc.fingerprint_files(photos, tmp_path / "out", SETTINGS, shard=(i, 2))
+
+    take(0)
+    names = sorted(path.name for path in photos.iterdir())
+    (photos / names[0]).write_text("no picture any more")
+    take(1)
+    assert "Still to do: shard 0/2." in capsys.readouterr().err and not (tmp_path / "out" / cc.FINGERPRINTS).exists()
+    rows = take(0)
+    assert len(rows) == len(names) and rows["status"][0] == "failed"
+
+
+def test_a_share_taken_with_other_faces_is_taken_again(tiny_world, tiny_crops, tmp_path, capsys):
+    def take(i, crops):
+        return cc.fingerprint_files(tmp_path / "four.parquet", tmp_path / "out", SETTINGS, crops, shard=(i, 2))
+
+    four = read_manifest(tiny_world / "manifest.parquet").iloc[:4]
+    write_manifest(four.assign(root=str(tiny_world)), tmp_path / "four.parquet")
+    take(0, None)
+    take(1, tiny_crops)
+    assert "Still to do: shard 0/2." in capsys.readouterr().err and not (tmp_path / "out" / cc.FINGERPRINTS).exists()
+    assert (take(0, tiny_crops)["face"] > 0).tolist() == [True] * 4
+
+
 # Figures
 
 

@@ -228,11 +228,16 @@ def test_shards_of_another_manifest_are_not_merged(tmp_path):
     fewer = KEYS[:3] + KEYS[4:]
     write(tmp_path, 1, 2, keys=fewer)
     ids = [key[0] for key in fewer]
-    assert collate(tmp_path, 2, ids) == [0] and not list(tmp_path.glob("*.parquet"))
+    assert collate(tmp_path, 2, fewer) == [0] and not list(tmp_path.glob("*.parquet"))
     write(tmp_path, 0, 2, keys=fewer)
-    assert collate(tmp_path, 2, ids) == [] and read_items(tmp_path)["item_id"].tolist() == ids
-    assert collate(tmp_path, 2, ids[:-1]) == [1], "one item too many"
-    assert collate(tmp_path, 2, [*ids[:4], ids[6], ids[5], ids[4], ids[7]]) == [0], "two have changed places"
+    assert collate(tmp_path, 2, iter(fewer)) == [] and read_items(tmp_path)["item_id"].tolist() == ids
+    assert collate(tmp_path, 2, fewer[:-1]) == [1], "one item too many"
+    assert collate(tmp_path, 2, [*fewer[:4], fewer[6], fewer[5], fewer[4], fewer[7]]) == [0], "two have changed places"
+    touched = [*fewer[:5], (fewer[5][0], "another size"), *fewer[6:]]
+    assert collate(tmp_path, 2, touched) == [1], "a file has changed"
+    with CropWriter(tmp_path, 1, 2) as writer:
+        assert [row["item_id"] for row in writer.kept(touched[1::2])] == [key[0] for key in fewer[1:5:2]]
+        assert writer.resume(fewer[1::2], 3) == 3 and not list(tmp_path.glob("*.parquet"))
 
 
 def test_a_shard_that_is_written_anew_takes_the_old_tables_away(tmp_path, whole):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from unmask.data import journals
-from unmask.data.journals import Journal, ShareError, gather, in_turn, name_shards
+from unmask.data.journals import Journal, ShareError, gather, healed, in_turn, name_shards
 
 NAMES = [f"item {i}" for i in range(8)]
 KEYS = [(name, f"{100 + i}") for i, name in enumerate(NAMES)]
@@ -25,7 +25,7 @@ def do(folder, shard=(0, 1), stop=None, keys=KEYS, stamp="made by a"):
 
 
 def names(folder, of, keys=KEYS, stamp="made by a"):
-    rows, to_do = gather(folder, of, stamp, [key[0] for key in keys])
+    rows, to_do = gather(folder, of, stamp, iter(keys))
     assert not (rows and to_do)
     return [row["name"] for row in rows], to_do
 
@@ -75,6 +75,54 @@ def test_shares_made_by_something_else_or_of_other_items_are_to_do(tmp_path):
     assert names(tmp_path, 2) == (NAMES, [])
     assert names(tmp_path, 2, KEYS[:-1]) == ([], [1]) and names(tmp_path, 2, [*KEYS, ("new", "")]) == ([], [0])
     assert names(tmp_path, 2, [KEYS[1], KEYS[0], *KEYS[2:]]) == ([], [0, 1])
+
+
+def test_a_share_whose_item_has_changed_is_to_do(tmp_path):
+    for i in range(2):
+        do(tmp_path, (i, 2))
+    changed = [*KEYS[:5], ("item 5", "another size"), *KEYS[6:]]
+    assert names(tmp_path, 2, changed) == ([], [1])
+    assert do(tmp_path, (1, 2), keys=changed) == ["item 5", "item 7"] and names(tmp_path, 2, changed) == (NAMES, [])
+
+
+@pytest.mark.parametrize("emptied", range(3))
+def test_an_emptied_journal_accuses_no_other(tmp_path, emptied):
+    for i in range(3):
+        do(tmp_path, (i, 3))
+    (tmp_path / f"0000{emptied}-of-00003.jsonl").write_bytes(b"")
+    assert names(tmp_path, 3) == ([], [emptied])
+    assert len(do(tmp_path, (emptied, 3))) in (2, 3) and names(tmp_path, 3) == (NAMES, [])
+    do(tmp_path / "none", (1, 2), keys=KEYS[:1])  # a share without items has a head all the same
+    do(tmp_path / "none", (0, 2), keys=KEYS[:1])
+    (tmp_path / "none" / "00001-of-00002.jsonl").write_bytes(b"")
+    assert names(tmp_path / "none", 2, KEYS[:1]) == ([], [1])
+
+
+def test_what_has_healed_is_found_by_trying_and_done_again(tmp_path):
+    def found(reasons, new):
+        tried = []
+        return healed(reasons, {"killed"}, lambda some: (tried.append(i) or new[i] for i in some)), tried
+
+    reasons = ["", "killed", "no video", "killed", "killed"]
+    assert found(reasons, {1: "killed", 3: "", 4: ""}) == (3, [1, 3]), "later ones are done again anyway"
+    assert found(reasons, {1: "killed", 3: "killed", 4: "killed"}) == (None, [1, 3, 4])
+    assert found(reasons, {1: "no video"}) == (1, [1]) and found(["", "no video"], {}) == (None, [])
+    do(tmp_path)
+    with Journal(tmp_path, (0, 1), "made by a") as journal:
+        assert [row["name"] for row in journal.kept(KEYS)] == NAMES
+        assert [row["name"] for row in journal.kept([*KEYS[:2], ("x", "")])] == NAMES[:2]
+        assert journal.resume(KEYS, 3) == 3
+    assert names(tmp_path, 1) == ([], [0]) and do(tmp_path) == NAMES[3:]
+    with Journal(tmp_path, (0, 1), "made by b") as journal:
+        assert list(journal.kept(KEYS)) == []
+
+
+def test_a_lock_that_was_deleted_meanwhile_keeps_nobody_out_and_is_not_used(tmp_path, monkeypatch):
+    lock, real = tmp_path / "00000-of-00001.lock", journals.fcntl.flock
+    monkeypatch.setattr(journals.fcntl, "flock", lambda *given: (
+        lock.unlink(), monkeypatch.setattr(journals.fcntl, "flock", real), real(*given)))  # fmt: skip
+    with Journal(tmp_path, (0, 1), ""), pytest.raises(ShareError):
+        Journal(tmp_path, (0, 1), "")
 
 
 def test_one_writer_per_share(tmp_path):

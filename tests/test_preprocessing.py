@@ -15,7 +15,7 @@ import pytest
 from conftest import moving_frames
 
 from unmask import preprocessing
-from unmask.data.crops import CropStore, read_index, read_items
+from unmask.data.crops import CropError, CropStore, read_index, read_items
 from unmask.data.faces import LocatorError
 from unmask.data.landmarks import CANONICAL_68, bounding_box, eye_angle, forehead
 from unmask.data.manifest import item_id, write_manifest
@@ -169,8 +169,63 @@ def test_changed_settings_discard_the_old_crops(world, tmp_path, capsys):
     preprocess(world, tmp_path / "fresh", frames=2, size=32, workers=0)
     assert shards(tmp_path / "out") == shards(tmp_path / "fresh")
     assert json.loads((tmp_path / "out" / "settings.json").read_text())["size"] == 32
-    preprocess(world, tmp_path / "out", frames=2, size=32, shard=(0, 3), workers=0)
+    preprocess(world, tmp_path / "out", frames=2, size=48, shard=(0, 3), workers=0)
     assert not (tmp_path / "out" / "crops.parquet").exists()
+
+
+def test_another_number_of_shards_discards_nothing(world, tmp_path):
+    how = {"frames": 2, "size": 32, "workers": 0}
+    preprocess(world, tmp_path / "array", shard=(1, 3), **how)
+    before = shards(tmp_path / "array")
+    with pytest.raises(CropError, match="were made in 3 shares: give --shard I/3, leave --shard out, or delete"):
+        preprocess(world, tmp_path / "array", shard=(0, 1), **how)
+    assert before and shards(tmp_path / "array") == before
+    preprocess(world, tmp_path / "whole", **how)
+    with pytest.raises(CropError, match="were made without --shard: leave --shard out, or delete"):
+        preprocess(world, tmp_path / "whole", shard=(0, 3), **how)
+    assert len(read_items(tmp_path / "whole")) == 6
+
+
+def test_a_medium_of_another_share_that_has_changed_is_noticed(world, tmp_path, capsys):
+    how = {"frames": 2, "size": 32, "workers": 0}
+    preprocess(world, tmp_path / "array", shard=(0, 2), **how)
+    annotate(tmp_path / "clip 4.mp4.npz", 16)
+    preprocess(world, tmp_path / "array", shard=(1, 2), **how)
+    assert "Still to do: shard 0/2." in capsys.readouterr().err
+    assert not (tmp_path / "array" / "items.parquet").exists()
+    preprocess(world, tmp_path / "array", shard=(0, 2), **how)
+    alone = preprocess(world, tmp_path / "alone", **how)
+    pd.testing.assert_frame_equal(read_items(tmp_path / "array").drop(columns="seconds"), alone.drop(columns="seconds"))
+
+
+@pytest.mark.parametrize("reason", preprocessing.OF_THE_MACHINE)
+def test_what_the_machine_made_fail_is_tried_again(world, tmp_path, monkeypatch, reason):
+    """Items 1, 3 and 5 are unlucky; 1 goes on to be, and keeps nothing from being kept."""
+    unlucky, work, real = ["clip 1.mp4", "clip 3.mp4", "clip 5.mp4"], [], preprocessing.process_item
+
+    def run(items, settings, workers):
+        for item in items:
+            name = Path(item.media).name
+            work.append(name)
+            yield preprocessing._failed(item, reason) if name in unlucky else real(item, settings)
+
+    how = {"frames": 2, "size": 32, "workers": 0}
+    whole = preprocess(world, tmp_path / "whole", **how)
+    monkeypatch.setattr(preprocessing, "_run", run)
+    first = preprocess(world, tmp_path / "out", **how)
+    assert first["reason"].tolist()[1::2] == [reason] * 3
+    before = shards(tmp_path / "out")
+    work.clear()
+    preprocess(world, tmp_path / "out", **how)
+    assert work == unlucky and shards(tmp_path / "out") == before
+    del unlucky[1:]
+    work.clear()
+    second = preprocess(world, tmp_path / "out", **how)
+    assert work == ["clip 1.mp4", "clip 3.mp4", "clip 3.mp4", "clip 4.mp4", "clip 5.mp4"]
+    assert second["reason"][1] == reason and second["reason"].tolist()[2:] == whole["reason"].tolist()[2:]
+    del unlucky[:]
+    preprocess(world, tmp_path / "out", **how)
+    assert shards(tmp_path / "out") == shards(tmp_path / "whole")
 
 
 def test_dense_sampling_is_told_to_whoever_repeats_it(world, tmp_path, capsys):

@@ -11,9 +11,10 @@ import tiny_clips
 import torch
 from conftest import SHARED, tiny_profile
 
-from unmask import sbi, scoring
+from unmask import preprocessing, sbi, scoring
 from unmask.data.crops import CropStore, read_index
 from unmask.data.faces import build_locator
+from unmask.data.journals import ShareError
 from unmask.data.manifest import read_manifest
 from unmask.data.video import read_frames
 from unmask.data.world import generate
@@ -343,6 +344,81 @@ def test_what_changed_since_is_scored_again(tmp_path, media, tiny_checkpoint, fe
     assert len(few_at_once) == 6 and table["status"][0] == "failed"
     (media / "new.mp4").touch()
     assert len(score((0, 2))) == 4 < len(score((1, 2))) == 7, "a listing that grew: the other shard was stale"
+
+
+def test_a_file_of_another_share_that_has_changed_is_noticed(tmp_path, media, tiny_checkpoint, capsys):
+    def score(i):
+        return scoring.score_media([media], tiny_checkpoint, tmp_path / "scores.csv", workers=0, shard=(i, 2))
+
+    score(0)
+    (media / "a good clip.mp4").write_text("no video any more")  # the first of all
+    assert len(score(1)) == 3 and not (tmp_path / "scores.csv").exists()
+    assert capsys.readouterr().err.endswith("Still to do: shard 0/2. The last of them writes "
+                                            f"{tmp_path / 'scores.csv'}.\n")  # fmt: skip
+    assert score(0)["status"][0] == "failed"
+
+
+@pytest.mark.parametrize("key", ["config", "preprocessing"])
+def test_rows_by_another_card_with_the_same_weights_do_not_count(tiny_checkpoint, key):
+    detector, known = load_checkpoint(tiny_checkpoint)
+    cards = known, dict(known), known | {key: known[key] | {"drop_path": 0.9, "frames": 3}}
+    first, again, other = (scoring._Job(detector, card, "haar", 0, 30.0, None).stamp() for card in cards)
+    assert first == again != other
+
+
+def test_rows_by_an_export_for_another_number_of_frames_do_not_count(tiny_checkpoint):
+    detector, card = load_checkpoint(tiny_checkpoint)
+    given = {key: card[key] for key in ("detector", "preprocessing", "seed", "sha256")}
+    cards = [given | {"format": "onnx", "frames": t, "input": detector.input_spec} for t in (4, 8)]
+    first, second = (scoring._Job(detector, one, "haar", 0, 30.0, None).stamp() for one in cards)
+    assert first != second
+
+
+def test_rows_by_other_code_do_not_count(tiny_checkpoint, monkeypatch):
+    job = scoring._Job(*load_checkpoint(tiny_checkpoint), "haar", 0, 30.0, None)
+    before = job.stamp()
+    monkeypatch.setattr(scoring, "SOURCES", scoring.SOURCES[1:])
+    assert job.stamp() != before
+
+
+def test_what_the_machine_made_fail_is_scored_again(tmp_path, media, tiny_checkpoint, few_at_once, monkeypatch):
+    def score(name, **how):
+        return scoring.score_media([media], tiny_checkpoint, tmp_path / name, workers=0, **how)
+
+    score("whole.csv")
+    real, unlucky = scoring.preprocess, ["a good clip.mp4", "picture.png"]
+
+    def preprocess(manifest, *given, **how):
+        items = real(manifest, *given, **how)
+        names = [(manifest.parent / "media" / name).resolve().name for name in read_manifest(manifest)["path"]]
+        items.loc[[name in unlucky for name in names], ["status", "reason"]] = "failed", preprocessing.DIED
+        return items
+
+    monkeypatch.setattr(scoring, "preprocess", preprocess)
+    first = score("scores.csv", shard=(0, 2))
+    assert first["reason"].tolist().count(preprocessing.DIED) == 2
+    few_at_once.clear()
+    score("scores.csv", shard=(0, 2))
+    assert len(few_at_once) == 2, "those two are tried again, and in vain"
+    unlucky.clear()
+    few_at_once.clear()
+    score("scores.csv", shard=(0, 2))
+    score("scores.csv", shard=(1, 2))
+    assert both(tmp_path / "scores.csv") == both(tmp_path / "whole.csv")
+
+
+def test_a_journal_is_removed_while_nobody_else_may_write_it(tmp_path, media, tiny_checkpoint, monkeypatch):
+    real, held = scoring.Journal.remove, []
+
+    def remove(journal):
+        with pytest.raises(ShareError):
+            scoring.Journal(journal.path.parent, (0, 1), "")
+        held.append((tmp_path / "scores.csv").exists())
+        real(journal)
+
+    monkeypatch.setattr(scoring.Journal, "remove", remove)
+    scoring.score_media([media / "text.mp4"], tiny_checkpoint, tmp_path / "scores.csv", workers=0)
+    assert held == [True] and not list(tmp_path.glob(".*"))
 
 
 def test_the_score_of_an_item_does_not_depend_on_its_company(tiny_crops, tiny_checkpoint, head, dense_crops):

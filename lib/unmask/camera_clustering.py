@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -19,8 +19,8 @@ from sklearn.metrics import roc_auc_score
 
 from unmask import prnu
 from unmask.clustering import METHODS, UNATTRIBUTED, by_linkage, chance, cluster, scores, similarity
-from unmask.data.crops import CropStore, read_index
-from unmask.data.journals import Journal, gather, name_shards
+from unmask.data.crops import CropStore, index_hash, read_index
+from unmask.data.journals import Journal, gather, name_shards, state_of
 from unmask.data.manifest import COLUMNS, ManifestError, item_id, media_path, read_manifest
 from unmask.data.tree import IMAGE_SUFFIXES, VIDEO_SUFFIXES, kind_of
 from unmask.data.video import MediaError, encode, read_frames
@@ -285,6 +285,13 @@ def _listed(target: Path) -> tuple[pd.DataFrame, Path]:
     return pd.DataFrame(rows, columns=list(COLUMNS)), target
 
 
+def _keys(manifest: pd.DataFrame, where: Path, known: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Each medium of a manifest and what changes with its file, if that is not `known` from before it was read."""
+    for row in manifest.to_dict("records"):
+        name = row["item_id"]
+        yield name, known[name] if name in known else state_of(media_path(row, where))
+
+
 def fingerprint_files(
     target: str | os.PathLike,
     out: str | os.PathLike,
@@ -302,14 +309,14 @@ def fingerprint_files(
     """
     target, out, (number, of) = Path(target).resolve(), Path(out), shard
     manifest, where = _listed(target)
-    items = manifest["item_id"].tolist()
-    stamp = digest([asdict(settings), SOURCE])
+    own = dict(_keys(manifest.iloc[number::of], where, {}))
+    stamp = digest([asdict(settings), SOURCE, index_hash(crops) if crops is not None else ""])
     with Journal(out / "shards", shard, stamp) as journal:
         journal.resume([])  # `take` knows what is done; rows come from there
         rows = take(manifest.iloc[number::of], where, out, settings, crops, workers)
-        journal.add(((row["item_id"],), row) for row in rows.to_dict("records"))
+        journal.add(zip(own.items(), rows.to_dict("records"), strict=True))
         journal.finish()
-    found, to_do = gather(out / "shards", of, stamp, items)
+    found, to_do = gather(out / "shards", of, stamp, _keys(manifest, where, own))
     if to_do:
         print(f"Still to do: {name_shards(to_do, of)}. The last of them writes {FINGERPRINTS}.", file=sys.stderr)
         return rows

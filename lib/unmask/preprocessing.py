@@ -24,6 +24,7 @@ from unmask.data.crops import (
     ITEMS_SCHEMA,
     MOST_SHARDS,
     SAMPLING_BEFORE,
+    CropError,
     CropStore,
     CropWriter,
     collate,
@@ -32,9 +33,10 @@ from unmask.data.crops import (
     read_shard,
     to_table,
 )
+from unmask.data.decoding import TOO_LARGE
 from unmask.data.faces import AnnotationLocator, FaceLocator, LocatorError, build_locator, landmarks_of, track
 from unmask.data.frames import check_sampling
-from unmask.data.journals import name_shards
+from unmask.data.journals import healed, name_shards, state_of
 from unmask.data.landmarks import eye_angle, stabilised_box
 from unmask.data.manifest import ManifestError, media_path, read_manifest
 from unmask.data.video import Clip, MediaError, read_frames
@@ -45,6 +47,9 @@ from unmask.progress import track as progress
 MIN_SIDE = 16  # pixels; less is no picture of a face
 MAX_SIDE = 1920  # pixels; larger frames are shrunk as they are decoded
 DEATHS = 2  # of workers that the same item may cost: one may be an accident
+DIED = "worker process died (killed or out of memory)"
+OF_THE_MACHINE = (DIED, TOO_LARGE, "decoder crashed (SIGKILL)")
+"""Reasons that another time, or another machine, may not have: items that failed so are tried again."""
 _ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 
 
@@ -79,8 +84,7 @@ class Item:
     @property
     def key(self) -> tuple[str, str]:
         """Identity and fingerprint: sizes and times of the files, so that changed media are processed again."""
-        stats = [os.stat(p) for p in (self.media, self.annotations) if p and os.path.exists(p)]
-        return self.item_id, " ".join(f"{s.st_size}:{s.st_mtime_ns}" for s in stats)
+        return self.item_id, state_of(*filter(None, (self.media, self.annotations)))
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,7 @@ def process_item(item: Item, settings: Settings) -> Result:
     except (MediaError, LocatorError, _Reject) as error:
         row["reason"] = str(error)
     except MemoryError:
-        row["reason"], crops = "too large for the memory", []
+        row["reason"], crops = TOO_LARGE, []
     except Exception as error:  # The unit of work ends here: one odd item must not end a run of thousands.
         row["reason"] = f"internal error: {type(error).__name__}: {error}"[:200]
         crops = []
@@ -253,7 +257,7 @@ def _run(items: list[Item], settings: Settings, workers: int, work: Callable = p
                     if deaths[i] < DEATHS:
                         again.append(i)
                     else:
-                        ready[i] = _failed(items[i], "worker process died (killed or out of memory)")
+                        ready[i] = _failed(items[i], DIED)
             while head in ready:
                 yield ready.pop(head)
                 head += 1
@@ -285,7 +289,10 @@ def _holds(path: Path, settings: Settings) -> bool:
 
 
 def _prepare(out: Path, settings: Settings) -> None:
-    """Make the folder fit the settings: crops made with other settings are discarded, never mixed."""
+    """Make the folder fit the settings: crops made with other settings are discarded, never mixed.
+
+    CropError if nothing but the number of shards is another: what an array did is not lost by a mistyped number.
+    """
     path, wanted = out / "settings.json", json.dumps(asdict(settings), indent=1, sort_keys=True) + "\n"
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -297,6 +304,9 @@ def _prepare(out: Path, settings: Settings) -> None:
             return
         old = [p for p in (out / "shards").glob("crops-*") if not p.name.endswith(".lock")]
         old += [p for p in (out / "crops.parquet", out / "items.parquet") if p.exists()]
+        if old and (made := _shards_of(path, settings)):
+            how, give = (f"in {made} shares", f"give --shard I/{made}, ") if made > 1 else ("without --shard", "")
+            raise CropError(f"The crops in {out} were made {how}: {give}leave --shard out, or delete the folder.")
         if old:
             print(f"The settings have changed: discarding the earlier crops in {out.name}.", file=sys.stderr)
         for file in old:
@@ -338,13 +348,15 @@ def preprocess(
     stamp = "" if locator == AnnotationLocator.name else build_locator(locator).hash
     fps = fps if sampling == "dense" else 0.0  # which uniform sampling does not ask for
     settings = Settings(locator, stamp, frames, size, margin, align, deadline, encoding, 1, sampling=sampling, fps=fps)
-    settings = replace(settings, shards=shard[1] if shard else _shards_of(out / "settings.json", settings))
+    settings = replace(settings, shards=shard[1] if shard else _shards_of(out / "settings.json", settings) or 1)
     listed = read_manifest(manifest_path)
     _prepare(out, settings)
     numbers = [shard[0]] if shard else range(settings.shards)
+    own = {}
     for number in numbers:
-        _fill(out, number, _items(listed.iloc[number :: settings.shards], manifest_path), settings, workers)
-    to_do = collate(out, settings.shards, listed["item_id"].tolist())
+        own |= _fill(out, number, _items(listed.iloc[number :: settings.shards], manifest_path), settings, workers)
+    now = ((i.item_id, own[i.item_id]) if i.item_id in own else i.key for i in _items(listed, manifest_path))
+    to_do = collate(out, settings.shards, now)
     if not to_do:
         return read_items(out)
     print(f"Still to do: {name_shards(to_do, settings.shards)}. The last of them writes the tables.", file=sys.stderr)
@@ -352,24 +364,30 @@ def preprocess(
     return to_table(rows, ITEMS_SCHEMA)
 
 
-def _shards_of(path: Path, settings: Settings) -> int:
-    """In how many shards an array made the crops of this settings.json, if they are those of `settings`; else one."""
+def _shards_of(path: Path, settings: Settings) -> int | None:
+    """In how many shards the crops of this settings.json were made, None if they are not those of `settings`."""
     try:
         made = SAMPLING_BEFORE | json.loads(path.read_text(encoding="utf-8"))
         same = made == asdict(replace(settings, shards=made["shards"])) and 0 < made["shards"] <= MOST_SHARDS
-        return made["shards"] if same else 1
+        return made["shards"] if same else None
     except (OSError, ValueError, TypeError, KeyError):
-        return 1
+        return None
 
 
-def _fill(out: Path, number: int, items: list[Item], settings: Settings, workers: int) -> None:
-    """Process the items of one shard that it lacks."""
+def _fill(out: Path, number: int, items: list[Item], settings: Settings, workers: int) -> dict[str, str]:
+    """Process the items of one shard that it lacks; returns the keys of all of them."""
+
+    def again(some: list[int]) -> Iterator[str]:
+        return (result.row["reason"] for result in _run([items[i] for i in some], settings, workers))
+
     with CropWriter(out, number, settings.shards) as writer:
         keys = [item.key for item in items]
-        done = writer.resume(keys)
+        reasons = (row["reason"] for row in writer.kept(keys))
+        done = writer.resume(keys, healed(reasons, OF_THE_MACHINE, again))
         for i, result in enumerate(progress(_run(items[done:], settings, workers), len(items) - done, "preprocessing")):
             writer.add(keys[done + i], result.row, result.crops, settings.encoding)
         writer.finish()
+    return dict(keys)
 
 
 def failures(items: pd.DataFrame) -> pd.DataFrame:

@@ -5,8 +5,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -15,23 +15,26 @@ import pandas as pd
 import torch
 from torch.utils.data import default_collate
 
-from unmask import lare_maps, sbi
+from unmask import __version__, clip_views, lare, lare_maps, preprocessing, sbi
 from unmask.clip_views import FIXED, Views
+from unmask.data import decoding, faces, landmarks, video
+from unmask.data import frames as sampled
 from unmask.data.crops import CropStore, read_index
 from unmask.data.faces import build_locator
-from unmask.data.journals import Journal, gather, in_turn, name_shards, path_of
+from unmask.data.journals import Journal, gather, healed, in_turn, name_shards, path_of, state_of
 from unmask.data.manifest import write_manifest
 from unmask.detectors import base
 from unmask.evaluation import ScoreError
 from unmask.lare import Settings, extract
 from unmask.machine import check_writable
 from unmask.media import best_locator, expand, placeholder_manifest, printable
-from unmask.preprocessing import preprocess
-from unmask.profile import digest, write_atomic
+from unmask.preprocessing import OF_THE_MACHINE, preprocess
+from unmask.profile import digest, source_hash, write_atomic
 from unmask.progress import track
 from unmask.training import device
 
 AT_ONCE = 128  # media whose crops are on the disk together, and that a killed call may have to do again
+SOURCES = (base, clip_views, decoding, faces, sampled, landmarks, lare, lare_maps, preprocessing, sbi, video)
 REPORT = ["path", "status", "score", "reason", "frames", "faces", "decoder"]
 
 
@@ -191,11 +194,7 @@ def _report(rows: Sequence[Mapping]) -> pd.DataFrame:
 
 def _key(path: Path) -> tuple[str, str]:
     """Which file, and that it has not changed since."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return printable(path), ""
-    return printable(path), f"{stat.st_size}:{stat.st_mtime_ns}"
+    return printable(path), state_of(path)
 
 
 @dataclass(frozen=True)
@@ -210,9 +209,11 @@ class _Job:
     model: str | os.PathLike | None
 
     def stamp(self) -> str:
-        """Changes with whatever changes a row."""
-        given = [self.card["sha256"], self.card["preprocessing"], self.deadline, str(self.model or "")]
-        return digest([*given, build_locator(self.locator).hash])
+        """Changes with whatever changes a row: the whole card, for weights alone are not what they compute."""
+        code = source_hash(*SOURCES, sys.modules[__name__], sys.modules[type(self.detector).__module__])
+        card = dict(self.card) | {"input": asdict(self.detector.input_spec)}
+        given = [card, self.deadline, str(self.model or ""), build_locator(self.locator).hash]
+        return digest([*given, __version__, code])
 
     def rows(self, paths: Sequence[Path]) -> list[dict]:
         """A row of the JSON for each of some media; each depends on its own medium alone."""
@@ -237,6 +238,21 @@ class _Job:
             {**row, "score": None if np.isnan(row["score"]) else row["score"], "frame_scores": frames.get(identity, {})}
             for identity, row in zip(table["item_id"], table[REPORT].to_dict("records"), strict=True)
         ]
+
+
+def _fill(journal: Journal, own: Sequence[tuple[tuple[str, str], Path]], job: _Job) -> None:
+    """The rows of one share, media with their keys, that its journal lacks."""
+
+    def again(some: list[int]) -> Iterator[str]:
+        for start in range(0, len(some), AT_ONCE):
+            yield from (row["reason"] for row in job.rows([own[i][1] for i in some[start : start + AT_ONCE]]))
+
+    keys = [key for key, _ in own]
+    done = journal.resume(keys, healed((row["reason"] for row in journal.kept(keys)), OF_THE_MACHINE, again))
+    for start in track(range(done, len(own), AT_ONCE), label=f"scoring, {AT_ONCE} media at a time"):
+        keys, some = zip(*own[start : start + AT_ONCE], strict=True)
+        journal.add(zip(keys, job.rows(some), strict=True))
+    journal.finish()
 
 
 def score_media(
@@ -273,20 +289,17 @@ def score_media(
     job = _Job(detector, card, locator or best_locator(), workers, deadline, model)
     parts, stamp = Path(out).with_name(f".{Path(out).name}.parts"), job.stamp()
     own = [(_key(path), path) for path in paths[number::of]]
+    known = {path: key for key, path in own}  # as they were before they were read
     with Journal(parts, shard, stamp) as journal:
-        done = journal.resume([key for key, _ in own])
-        for start in track(range(done, len(own), AT_ONCE), label=f"scoring, {AT_ONCE} media at a time"):
-            keys, some = zip(*own[start : start + AT_ONCE], strict=True)
-            journal.add(zip(keys, job.rows(some), strict=True))
-        journal.finish()
-    rows, to_do = gather(parts, of, stamp, [printable(path) for path in paths])
-    if to_do:
-        print(f"Still to do: {name_shards(to_do, of)}. The last of them writes {out}.", file=sys.stderr)
-        return _report([line["row"] for _, line in in_turn([path_of(parts, number, of)]) if "row" in line])
-    report = _report(rows)
-    write_atomic(out, report.to_csv(index=False, float_format="%.6f"))
-    document = {"checkpoint": str(checkpoint), "sha256": card["sha256"], "locator": job.locator, "media": rows}
-    write_atomic(document_path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-    if of == 1:
-        journal.remove()
+        _fill(journal, own, job)
+        rows, to_do = gather(parts, of, stamp, (known.get(path) or _key(path) for path in paths))
+        if to_do:
+            print(f"Still to do: {name_shards(to_do, of)}. The last of them writes {out}.", file=sys.stderr)
+            return _report([line["row"] for _, line in in_turn([path_of(parts, number, of)]) if "row" in line])
+        report = _report(rows)
+        write_atomic(out, report.to_csv(index=False, float_format="%.6f"))
+        document = {"checkpoint": str(checkpoint), "sha256": card["sha256"], "locator": job.locator, "media": rows}
+        write_atomic(document_path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+        if of == 1:
+            journal.remove()
     return report

@@ -126,8 +126,18 @@ class CropWriter:
                 with contextlib.suppress(OSError):
                     file.close()
 
-    def resume(self, keys: Sequence[tuple[str, str]]) -> int:
-        """Keep the finished items that are still the first of `keys` (item_id, fingerprint); returns how many.
+    def kept(self, keys: Sequence[tuple[str, str]]) -> Iterator[dict]:
+        """The rows of the items that `resume` would keep."""
+        if self.journal.exists():
+            with open(self.journal, "rb") as journal:
+                for key, (line, _) in zip(keys, lines(journal), strict=False):
+                    if tuple(line["key"]) != tuple(key):
+                        return
+                    yield line["item"]
+
+    def resume(self, keys: Sequence[tuple[str, str]], most: int | None = None) -> int:
+        """Keep the finished items that are still the first of `keys` (item_id, fingerprint), at most `most`; returns
+        how many.
 
         Everything after them is cut off. A complete, unchanged shard is left untouched.
         """
@@ -140,7 +150,7 @@ class CropWriter:
         with open(self.journal, "a+b") as journal:
             journal.seek(0)
             found = lines(journal)
-            for key, (line, more) in zip(keys, found, strict=False):
+            for key, (line, more) in zip(keys[:most], found, strict=False):
                 if tuple(line["key"]) != tuple(key) or line["end"] > length:
                     break
                 kept, end, size = kept + 1, line["end"], size + more
@@ -238,16 +248,16 @@ def read_shard(out: str | os.PathLike, shard: int, of: int) -> Iterator[dict]:
 
 
 class _Stale(Exception):
-    """Shards that hold other items than the manifest: argument 0, a set."""
+    """Shards that hold other items than the manifest, or what they were before: argument 0, a set."""
 
 
-def _merged(out: Path, of: int, ids: Sequence[str] | None, items: list[dict]) -> Iterator[pd.DataFrame]:
-    """The crop index in blocks, while `items` fills with the items' rows. _Stale at the end if they are not `ids`."""
+def _merged(out: Path, of: int, keys: Sequence[tuple[str, str]] | None, items: list[dict]) -> Iterator[pd.DataFrame]:
+    """The crop index in blocks, while `items` fills with the items' rows. _Stale at the end if `keys` differ."""
     counts, stale, crops = [0] * of, set(), []
     for i, line in in_turn([out / "shards" / f"{_shard_name(i, of)}.jsonl" for i in range(of)]):
         place = i + counts[i] * of
         counts[i] += 1
-        if ids is not None and not (place < len(ids) and ids[place] == line["item"]["item_id"]):
+        if keys is not None and not (place < len(keys) and tuple(keys[place]) == tuple(line["key"])):
             stale.add(i)
         items.append(line["item"])
         crops += line["crops"]
@@ -255,24 +265,25 @@ def _merged(out: Path, of: int, ids: Sequence[str] | None, items: list[dict]) ->
             yield to_table(crops, INDEX_SCHEMA)
             crops = []
     yield to_table(crops, INDEX_SCHEMA)
-    if ids is not None:
-        stale |= {i for i, count in enumerate(counts) if count != len(range(i, len(ids), of))}
+    if keys is not None:
+        stale |= {i for i, count in enumerate(counts) if count != len(range(i, len(keys), of))}
     if stale:
         raise _Stale(stale)
 
 
-def collate(out: str | os.PathLike, of: int, ids: Sequence[str] | None = None) -> list[int]:
+def collate(out: str | os.PathLike, of: int, keys: Iterable[tuple[str, str]] | None = None) -> list[int]:
     """Once all `of` shards are complete, write crops.parquet and items.parquet in manifest order.
 
-    Returns the shards that are still to do, none if the tables were written: those that are not complete and, if `ids`
-    lists the manifest's items, those made of another manifest. Items were dealt to the shards in turn, and are gathered
-    in turn again.
+    Returns the shards that are still to do, none if the tables were written: those that are not complete and, if `keys`
+    (read once all are complete) lists what the manifest's items are now, those made of another manifest or of files
+    that have changed. Items were dealt to the shards in turn, and are gathered in turn again.
     """
     out, items = Path(out), []
     if missing := _missing(out, of):
         return missing
     try:
-        write_blocks(_merged(out, of, ids, items), out / TABLES[0], INDEX_SCHEMA)
+        keys = None if keys is None else list(keys)
+        write_blocks(_merged(out, of, keys, items), out / TABLES[0], INDEX_SCHEMA)
     except _Stale as stale:
         return sorted(stale.args[0])
     write_table(to_table(items, ITEMS_SCHEMA), out / TABLES[1], ITEMS_SCHEMA)
@@ -293,10 +304,15 @@ def _what_is_missing(out: Path) -> str:
     return f" {name_shards(missing, of).capitalize()} is not complete." if missing else ""
 
 
-def _read_table(path: Path, schema: pa.DataFrameSchema) -> pd.DataFrame:
+def _present(path: Path) -> Path:
     if not path.is_file():
         missing = _what_is_missing(path.parent)
         raise CropError(f"There is no {path.name} in {path.parent}. Run the preprocessing to its end first.{missing}")
+    return path
+
+
+def _read_table(path: Path, schema: pa.DataFrameSchema) -> pd.DataFrame:
+    _present(path)
     try:
         df = pq.read_table(path).to_pandas()
         for name, column in schema.columns.items():
@@ -310,6 +326,13 @@ def _read_table(path: Path, schema: pa.DataFrameSchema) -> pd.DataFrame:
 def read_index(out: str | os.PathLike) -> pd.DataFrame:
     """The crop index: one row per crop, in manifest and frame order. Raises CropError."""
     return _read_table(Path(out) / "crops.parquet", INDEX_SCHEMA)
+
+
+def index_hash(out: str | os.PathLike) -> str:
+    """SHA-256 of the crop index and of how the crops were made: another one for other faces. Raises CropError."""
+    with open(_present(Path(out) / TABLES[0]), "rb") as file:
+        index = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(json.dumps([index, CropStore(out).settings()]).encode()).hexdigest()
 
 
 def read_items(out: str | os.PathLike) -> pd.DataFrame:

@@ -9,9 +9,10 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice, zip_longest
 from pathlib import Path
+from typing import IO
 
 from unmask.machine import writing
 
@@ -65,6 +66,43 @@ def path_of(folder: Path, shard: int, of: int) -> Path:
     return folder / f"{shard:05d}-of-{of:05d}.jsonl"
 
 
+def state_of(*paths: str | os.PathLike) -> str:
+    """Sizes and times of the files among `paths` that there are: what changes when one of them does."""
+    found = []
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: a name that no file can have
+            stat = os.stat(path)
+            found.append(f"{stat.st_size}:{stat.st_mtime_ns}")
+    return " ".join(found)
+
+
+def healed(reasons: Iterable[str], passing: Collection[str], again: Callable[[list[int]], Iterable[str]]) -> int | None:
+    """The first row, told by its reason, that failed for a `passing` one and does not so when it is tried again; None
+    without any.
+
+    again: the new reasons of the rows at some positions, in turn.
+    """
+    unlucky = [i for i, reason in enumerate(reasons) if reason in passing]
+    return next((i for i, reason in zip(unlucky, again(unlucky), strict=False) if reason not in passing), None)
+
+
+def _locked(path: Path) -> IO | None:
+    """The file open and locked, None if another process has it locked.
+
+    `Journal.remove` may delete it between opening and locking, and a lock on a file without a name keeps nobody out.
+    """
+    while True:
+        file = open(path, "w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()
+
+
 class Journal:
     """The only writer of one share of some work in a folder; use as a context manager.
 
@@ -77,14 +115,11 @@ class Journal:
         self.part = self.path.with_suffix(".jsonl.part")
         with writing(self.path.parent):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path.with_suffix(".lock"), "w")
+            self._lock = _locked(self.path.with_suffix(".lock"))
         self._file = None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._lock.close()
+        if self._lock is None:
             name = name_shards(shard[:1], shard[1])
-            raise ShareError(f"Another process is doing {name} of {self.path.parent}: wait, or stop it.") from error
+            raise ShareError(f"Another process is doing {name} of {self.path.parent}: wait, or stop it.")
 
     def __enter__(self) -> "Journal":
         return self
@@ -96,20 +131,35 @@ class Journal:
                 with contextlib.suppress(OSError):
                     file.close()
 
-    def resume(self, keys: Sequence[tuple[str, ...]]) -> int:
-        """Keep the rows whose keys are still the first of `keys`; returns how many. A complete share stays as it is.
+    def _stored(self) -> Path:
+        return self.part if self.part.exists() or not self.path.exists() else self.path
+
+    def kept(self, keys: Sequence[tuple[str, ...]]) -> Iterator[dict]:
+        """The rows that `resume` would keep."""
+        if not (stored := self._stored()).exists():
+            return
+        with open(stored, "rb") as file:
+            found = lines(file)
+            if next(found, ({}, 0))[0] == {"stamp": self.stamp}:
+                for key, (line, _) in zip(keys, found, strict=False):
+                    if tuple(line["key"]) != tuple(key):
+                        return
+                    yield line["row"]
+
+    def resume(self, keys: Sequence[tuple[str, ...]], most: int | None = None) -> int:
+        """Keep the rows whose keys are still the first of `keys`, at most `most`; returns how many. A complete share
+        stays as it is.
 
         A key is the identity of an item and whatever else its row depends on.
         """
-        stored = self.part if self.part.exists() or not self.path.exists() else self.path
-        kept, end, whole = 0, 0, False
+        stored, kept, end, whole = self._stored(), 0, 0, False
         if stored.exists():
             with open(stored, "rb") as file:
                 found = lines(file)
                 head, size = next(found, ({}, 0))
                 if head == {"stamp": self.stamp}:
                     end = size
-                    for key, (line, size) in zip(keys, found, strict=False):
+                    for key, (line, size) in zip(keys[:most], found, strict=False):
                         if tuple(line["key"]) != tuple(key):
                             break
                         kept, end = kept + 1, end + size
@@ -142,33 +192,33 @@ class Journal:
             os.replace(self.part, self.path)
 
     def remove(self) -> None:
-        """Delete a journal that was read, and its folder if nothing else is in it."""
+        """Delete a journal that was read, and its folder if nothing else is in it; before the share is given free."""
         for path in (self.path, self.path.with_suffix(".lock")):
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.path.parent.rmdir()
 
 
-def gather(folder: str | os.PathLike, of: int, stamp: str, identities: Sequence[str]) -> tuple[list[dict], list[int]]:
+def gather(
+    folder: str | os.PathLike, of: int, stamp: str, keys: Iterable[tuple[str, ...]]
+) -> tuple[list[dict], list[int]]:
     """Rows of all shares in the order of the items, and the shares that are still to do; of either, one is empty.
 
-    A share is to do if its journal is missing, made by something else than `stamp`, or of other items than `identities`
-    (the first part of each key) gives it.
+    A share is to do if its journal is missing, made by something else than `stamp`, or has other keys than those that
+    `keys`, which are read if no journal is missing, gives it.
     """
     journals = [path_of(Path(folder), i, of) for i in range(of)]
     stale = {i for i, path in enumerate(journals) if not path.exists()}
     if stale:
         return [], sorted(stale)
-    rows, heads, counts = [], 0, [0] * of
+    keys, rows, counts = list(keys), [], [-1] * of  # -1: without its head yet
     for i, line in in_turn(journals):
-        if heads < of:  # the first turn
-            heads += 1
-            stale |= set() if line == {"stamp": stamp} else {i}
-            continue
         place = i + counts[i] * of
         counts[i] += 1
-        if place >= len(identities) or line["key"][0] != identities[place]:
-            stale.add(i)
-        rows.append(line["row"])
-    stale |= {i for i, count in enumerate(counts) if count != len(range(i, len(identities), of))}
+        if counts[i] == 0:
+            stale |= set() if line == {"stamp": stamp} else {i}
+        elif i not in stale:
+            stale |= set() if place < len(keys) and tuple(line["key"]) == tuple(keys[place]) else {i}
+            rows.append(line["row"])
+    stale |= {i for i, count in enumerate(counts) if count != len(range(i, len(keys), of))}
     return ([], sorted(stale)) if stale else (rows, [])
