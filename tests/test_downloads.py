@@ -1,5 +1,6 @@
 """Downloads, from a server on this machine that speaks TLS with a certificate of its own."""
 
+import errno
 import fcntl
 import hashlib
 import http.server
@@ -75,6 +76,7 @@ def serve(context: ssl.SSLContext | None):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     if context:
         server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.handle_error = lambda *_: None  # clients that hang up: no word of it among what commands say
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server
 
@@ -230,6 +232,67 @@ def test_two_processes_do_not_write_the_same_part(wanted, tmp_path):
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(DownloadError, match="Another process"):
             downloads.fetch("test", tmp_path)
+
+
+@pytest.mark.parametrize("step", ["renamed", "renamed and begun anew"])
+def test_a_file_that_another_process_finished_in_between_is_left_alone(wanted, tmp_path, monkeypatch, step):
+    """It had the lock when this one opened the part, and gave the file its name before this one locked it."""
+    part, path, lock = tmp_path / "weights.bin.part", tmp_path / "weights.bin", fcntl.flock
+    part.write_bytes(CONTENT)
+
+    def late(file, how):
+        part.rename(path)
+        if step != "renamed":
+            part.write_bytes(b"")
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    monkeypatch.setattr(Server, "mode", "no ranges")  # which makes a download start from nothing
+    with pytest.raises(DownloadError, match="Another process is fetching weights.bin"):
+        downloads.fetch("test", tmp_path)
+    monkeypatch.undo()
+    assert path.read_bytes() == CONTENT
+
+
+class Full:
+    """A file on a disk that is full, or to which a firewall would refuse the way: errors the network has, too."""
+
+    def __init__(self, file, number):
+        self.name, self.number, self._file = file.name, number, file
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+    def write(self, data):
+        raise OSError(self.number, os.strerror(self.number))
+
+
+@pytest.mark.parametrize("number, said", [(errno.ENOSPC, "No space is left in"), (errno.EACCES, "may not be written")])
+def test_a_disk_that_refuses_is_no_fault_of_the_network(wanted, tmp_path, monkeypatch, capsys, number, said):
+    receive = downloads._receive
+    monkeypatch.setattr(downloads, "_receive", lambda url, file: receive(url, Full(file, number)))
+    monkeypatch.setenv("UNMASK_MODELS", str(tmp_path))
+    assert cli.main(["fetch", "test"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and said in told and str(tmp_path) in told and "network" not in told
+
+
+def test_a_network_that_refuses_is_no_fault_of_the_disk(wanted, tmp_path, monkeypatch):
+    def refused(url, file):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(downloads, "_receive", refused)
+    with pytest.raises(DownloadError, match="Without a network"):
+        downloads.fetch("test", tmp_path)
+
+
+@pytest.mark.parametrize("place", ["afile", "afile/below"])
+def test_a_folder_of_models_that_cannot_be_is_said_in_a_sentence(wanted, tmp_path, monkeypatch, capsys, place):
+    (tmp_path / "afile").write_text("x")
+    monkeypatch.setenv("UNMASK_MODELS", str(tmp_path / place))
+    assert cli.main(["fetch", "test"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and f"{tmp_path / place} cannot be a folder" in told and "Errno" not in told
 
 
 def test_the_catalogue_pins_what_it_offers():

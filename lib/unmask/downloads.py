@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, BinaryIO
 
 from unmask import __version__
+from unmask.machine import DiskError, writing
 from unmask.profile import models_folder
 from unmask.progress import track
 
@@ -92,16 +93,22 @@ def fetch(name: str, folder: str | os.PathLike | None = None) -> Path:
 
 
 def download(wanted: Published, path: Path) -> Path:
-    """Download a file to `path`, going on where an earlier call stopped. Raises DownloadError as `fetch`."""
+    """Download a file to `path`, going on where an earlier call stopped. Raises DownloadError as `fetch`, and
+    DiskError if its folder cannot be written to."""
     part = path.with_name(f"{path.name}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return _download(wanted, path, part)
+
+
+def _download(wanted: Published, path: Path, part: Path) -> Path:
     with open(part, "a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DownloadError(f"Another process is fetching {path.name}; wait until it ends.") from error
+        if not _locked(file, part):
+            raise DownloadError(f"Another process is fetching {path.name}; wait until it ends.")
         try:
             _receive(wanted.url, file)
+        except DiskError:
+            raise
         except (OSError, http.client.HTTPException) as error:
             raise DownloadError(_by_hand(wanted, path, error)) from error
         os.fsync(file.fileno())
@@ -113,6 +120,15 @@ def download(wanted: Published, path: Path) -> Path:
             )
         os.replace(part, path)
     return path
+
+
+def _locked(file: BinaryIO, part: Path) -> bool:
+    """Lock an open file for this process alone; False if another has it, or had it and gave it its name since."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(part))
+    except (BlockingIOError, FileNotFoundError):
+        return False
 
 
 def sha256_of(path: str | os.PathLike) -> str:
@@ -162,10 +178,11 @@ def _receive(url: str, file: BinaryIO) -> None:
             file.truncate(0)
         length = reply.headers.get("Content-Length")
         chunks = _chunks(reply)
-        got = 0
-        for chunk in track(chunks, length and -(-int(length) // CHUNK), f"{Path(file.name).stem}, MiB"):
-            got += file.write(chunk)
-        file.flush()
+        got, part = 0, Path(file.name)
+        for chunk in track(chunks, length and -(-int(length) // CHUNK), f"{part.stem}, MiB"):
+            with writing(part.parent):  # else the disk's refusal would pass for the network's
+                got += file.write(chunk)
+                file.flush()
         if length and got < int(length):
             raise ConnectionError(f"the connection ended after {got} of {length} bytes")
 

@@ -18,6 +18,7 @@ from PIL import Image
 
 from unmask.downloads import sha256_of
 from unmask.lare_maps import LareError
+from unmask.machine import DiskError, writing
 from unmask.profile import digest, models_folder
 
 KIT = Path(__file__).parent / "weights"  # models that come with the kit
@@ -89,7 +90,11 @@ def fetch(settings: Settings) -> Path:
     wanted = [f"{part}/{name}" for part in FILES for name in ("*.json", "merges.txt")]
     try:
         given = {"revision": settings.revision, "cache_dir": models_folder()}
-        folder = Path(snapshot_download(settings.source, allow_patterns=[*wanted, *PINNED[settings.revision]], **given))
+        with writing(models_folder()):
+            patterns = [*wanted, *PINNED[settings.revision]]
+            folder = Path(snapshot_download(settings.source, allow_patterns=patterns, **given))
+    except DiskError:
+        raise
     except (OSError, HfHubHTTPError) as error:
         raise LareError(f"{settings.source} cannot be fetched ({type(error).__name__}). {by_hand}") from error
     _check(folder, PINNED[settings.revision])

@@ -21,7 +21,12 @@ _REFUSED = {
     errno.EROFS: "{} is read-only: mount it writable, or name another folder.",
     errno.EACCES: "{} may not be written to: change its permissions, or name another folder.",
     errno.EPERM: "{} may not be written to: change its permissions, or name another folder.",
+    errno.ENOTDIR: "{} cannot be a folder, for a file is in its way: name another folder.",
+    errno.EEXIST: "{} cannot be a folder, for a file is in its way: name another folder.",
+    errno.ENOENT: "{} is not there: make the folder, or name another one.",
 }
+# What any other file may lack as well: they speak of the folder where it is none.
+_NO_FOLDER = (errno.ENOTDIR, errno.EEXIST, errno.ENOENT)
 _POLL = 0.5  # seconds
 
 
@@ -36,6 +41,8 @@ def writing(folder: str | os.PathLike) -> Iterator[None]:
         yield
     except OSError as error:
         if isinstance(error, DiskError) or error.errno not in _REFUSED:
+            raise
+        if error.errno in _NO_FOLDER and os.path.isdir(folder):
             raise
         raise DiskError(f"{_REFUSED[error.errno].format(Path(folder).absolute())} {AGAIN}") from error
 
