@@ -240,6 +240,26 @@ def test_only_refusals_of_the_disk_are_translated(tmp_path):
         raise OSError(errno.ENOSPC, "x")
 
 
+@pytest.mark.parametrize("place", ["afile/x", "afile/x/y", "afile"])
+@pytest.mark.parametrize("words", [
+    "index media --layout folder --out {}", "world {} --profile tiny", "preprocess {manifest} {} --locator haar",
+    "score media --checkpoint {checkpoint} --locator haar --out {}",
+])  # fmt: skip
+def test_an_output_below_a_file_is_refused_in_a_sentence(
+    place, words, media, tiny_checkpoint, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path("afile").write_text("x")
+    Path("media/real").mkdir()
+    os.link("media/a.mp4", "media/real/a.mp4")
+    if "--out" in words:  # a file: it is its folder that cannot be
+        place += "/table.csv"
+    assert cli.main(words.format(place, manifest=media, checkpoint=tiny_checkpoint).split()) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "cannot be a folder" in told and "Errno" not in told, told
+    assert Path("afile").read_text() == "x"
+
+
 def test_a_journal_that_lost_power_counts_up_to_the_damage(media, tmp_path):
     crops(media, tmp_path / "whole")
     crops(media, tmp_path / "out")

@@ -108,14 +108,17 @@ def write_manifest(df: pd.DataFrame, path: Path | str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         table = pyarrow.Table.from_pandas(df, schema=_ARROW, preserve_index=False).replace_schema_metadata(None)
-        with writing(path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            pq.write_table(table, partial, write_page_checksum=True)
-            os.replace(partial, path)
     except (pyarrow.ArrowException, UnicodeError) as error:
         raise ManifestError(f"manifest for {path} cannot be stored: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            pq.write_table(table, partial, write_page_checksum=True)
+            os.replace(partial, path)
+        except (pyarrow.ArrowException, UnicodeError) as error:
+            raise ManifestError(f"manifest for {path} cannot be stored: {error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def read_manifest(path: Path | str) -> pd.DataFrame:

@@ -26,6 +26,7 @@ import pandas as pd
 from joblib import Parallel, delayed
 
 from unmask.data import cameras, forgeries, manifest, scenes, subjects, video
+from unmask.machine import writing
 from unmask.profile import ProfileError, source_hash, write_atomic
 from unmask.progress import track
 
@@ -238,8 +239,10 @@ def generate(out: str | os.PathLike, spec: dict, seed: int = 0, workers: int = 1
     if stamp.exists() and stamp.read_text() != settings:
         print(f"{out} holds a world with other settings; making it anew.")
         _clear(out)
-    for folder in [".parts", *(f"{w}/{kind}" for w in NAMES for kind in ("videos", "images", "annotations", "masks"))]:
-        (out / folder).mkdir(parents=True, exist_ok=True)
+    kinds = ("videos", "images", "annotations", "masks")
+    with writing(out):
+        for folder in [".parts", *(f"{w}/{kind}" for w in NAMES for kind in kinds)]:
+            (out / folder).mkdir(parents=True, exist_ok=True)
     write_atomic(stamp, settings)
     pairs = plan(spec)
     tasks = Parallel(n_jobs=workers, return_as="generator")(
