@@ -236,7 +236,7 @@ def test_progress_of_jobs(tmp_path, capsys):
     log = tmp_path / "rule_chapter_05_convnext" / "9.log"
     log.parent.mkdir()
     log.write_text("noise\n>> 05_convnext: started\n>> 05_convnext: failed in cell 3/9\n>>   ValueError: no\nnoise\n")
-    progress = Progress(tmp_path / "log")
+    progress = Progress()
     progress.follow(iter([
         "chapter_04_sbi     1\n", "chapter_05_convnext     1\n",
         f"Job 1 has been submitted with SLURM jobid 8 (log: {tmp_path}/rule_chapter_04_sbi/8.log).\n",

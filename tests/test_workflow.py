@@ -246,6 +246,23 @@ def test_killed_run_goes_on_and_a_second_run_is_refused(tree):
     assert {path.name: path.read_bytes() for path in results.iterdir()} == before
 
 
+def test_a_run_whose_first_process_is_killed_alone_goes_on_to_its_end(tree):
+    (tree / "data/work/demo/logs/00_first.log").unlink()
+    process = start(tree, "--set", "alpha.wait=5.0")
+    while not (tree / "data/work/demo/logs/00_first.log").is_file():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    code, output = run(tree, "--set", "alpha.wait=5.0")
+    assert code == 2 and "is busy" in output and f"process {process.pid}" not in output and "unknown" not in output
+    deadline = time.monotonic() + 120
+    while code == 2 and time.monotonic() < deadline:
+        time.sleep(1)
+        code, output = run(tree, "--set", "alpha.wait=5.0")
+    assert code == 0 and ran(output) == set(), output
+
+
 def test_own_media_get_a_run_of_their_own(finished, tmp_path):
     media = tmp_path / "My Holiday"
     media.mkdir()

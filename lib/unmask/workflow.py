@@ -31,6 +31,8 @@ from unmask.plan import Chapter, WorkflowError, make_plan, out_of_date
 from unmask.profile import ROOT, Profile, ProfileError, load_profile, parse_changes, write_atomic
 from unmask.progress import MARK, clock
 
+_POLL = 0.1  # seconds
+
 CHAPTERS = (
     Chapter("00_data", keys=("data", "world", "seed")),
     Chapter("01_preprocessing", needs=("00_data",), keys=("preprocess",)),
@@ -122,22 +124,36 @@ def exclusive(root: Path) -> Iterator[int]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            holder = file.read().decode().strip() or "unknown"
-            raise WorkflowError(f"Another run is busy in this clone (process {holder}); wait until it ends.") from None
+            holders = [word for word in file.read().decode().split() if Path("/proc", word).exists()] or ["unknown"]
+            raise WorkflowError(
+                f"Another run is busy in this clone (process {holders[0]}); wait until it ends."
+            ) from None
         with writing(path.parent):
             file.truncate(0)
-            file.write(str(os.getpid()).encode())
+            file.write(f"{os.getpid()}\n".encode())
         yield file.fileno()
 
 
+def _written(log: Path, process: subprocess.Popen) -> Iterator[str]:
+    """The lines that a process writes into a file, as they come, until it has ended."""
+    with open(log, "rb") as file:
+        rest, ended = b"", False
+        while not ended:
+            ended = process.poll() is not None  # asked first: what it wrote before it ended is read below
+            *lines, rest = (rest + file.read()).split(b"\n")
+            yield from (f"{line.decode(errors='replace')}\n" for line in lines)
+            if not (lines or ended):
+                time.sleep(_POLL)
+        yield rest.decode(errors="replace")
+
+
 class Progress:
-    """Turns the output of a Snakemake run into lines for a person, keeping all of it in a log file.
+    """Turns the output of a Snakemake run into lines for a person.
 
     Chapters tell of themselves (MARK); of those that run as jobs on a cluster, Snakemake tells.
     """
 
-    def __init__(self, log: Path):
-        self.log = log
+    def __init__(self):
         self.planned: set[str] = set()
         self.started: list[str] = []
         self.done: list[str] = []
@@ -146,29 +162,21 @@ class Progress:
         self.jobs: dict[str, Path] = {}
 
     def follow(self, lines: Iterator[str]) -> None:
-        with writing(self.log.parent):
-            self.log.parent.mkdir(parents=True, exist_ok=True)
-            self._follow(lines)
-
-    def _follow(self, lines: Iterator[str]) -> None:
-        with open(self.log, "w", encoding="utf-8") as file:
-            for line in lines:
-                file.write(line)
-                file.flush()
-                if line.startswith(MARK):
-                    self._tell(line.removeprefix(MARK).rstrip())
-                elif planned := re.match(r"chapter_(\S+)\s+1$", line):
-                    self.planned.add(planned[1])
-                elif submitted := re.search(r"SLURM jobid (\d+) \(log: (.*/rule_chapter_([^/]+)/.*)\)", line):
-                    job, log, chapter = submitted.groups()
-                    self.jobs[chapter] = Path(log)
-                    self._tell(f"{chapter}: job {job}")
-                elif self.jobs and (ended := re.match(r"Finished jobid: \d+ \(Rule: chapter_(\S+)\)", line)):
-                    self._tell(f"{ended[1]}: done")
-                elif self.jobs and (failed := re.match(r"Error in rule chapter_([^:\s]+)", line)):
-                    self._tell_job_failure(failed[1])
-                elif line.strip():
-                    self.tail = [*self.tail[-14:], line.rstrip()]
+        for line in lines:
+            if line.startswith(MARK):
+                self._tell(line.removeprefix(MARK).rstrip())
+            elif planned := re.match(r"chapter_(\S+)\s+1$", line):
+                self.planned.add(planned[1])
+            elif submitted := re.search(r"SLURM jobid (\d+) \(log: (.*/rule_chapter_([^/]+)/.*)\)", line):
+                job, log, chapter = submitted.groups()
+                self.jobs[chapter] = Path(log)
+                self._tell(f"{chapter}: job {job}")
+            elif self.jobs and (ended := re.match(r"Finished jobid: \d+ \(Rule: chapter_(\S+)\)", line)):
+                self._tell(f"{ended[1]}: done")
+            elif self.jobs and (failed := re.match(r"Error in rule chapter_([^:\s]+)", line)):
+                self._tell_job_failure(failed[1])
+            elif line.strip():
+                self.tail = [*self.tail[-14:], line.rstrip()]
 
     def _tell(self, line: str) -> None:
         chapter, _, what = line.partition(": ")
@@ -231,23 +239,29 @@ def run_study(
 ) -> int:
     """Run what has to be run, showing progress; returns the exit code."""
     start = time.monotonic()
-    progress = Progress(root / plan["work"] / "logs" / "snakemake.log")
+    progress, log = Progress(), root / plan["work"] / "logs" / "snakemake.log"
     command = snakemake_command(root / plan["work"] / "plan.json", root, options, forced, targets)
     environment = job_environment(options)
     _clear_stale_lock(command, root)
-    with subprocess.Popen(
-        command,
-        cwd=root,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        pass_fds=[options.lock],  # the lock lasts as long as Snakemake, should this process be killed alone
-    ) as process:
-        progress.follow(process.stdout)
-    log = progress.log.relative_to(root)
+    # Into a file rather than a pipe, which would break, and with it the run, should this process be killed alone.
+    with writing(log.parent):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        output = open(log, "wb")
+    with (
+        output,
+        subprocess.Popen(
+            command,
+            cwd=root,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            pass_fds=[options.lock],  # the lock lasts as long as Snakemake
+        ) as process,
+    ):
+        os.write(options.lock, f"{process.pid}\n".encode())
+        progress.follow(_written(log, process))
+    log = log.relative_to(root)
     if process.returncode != 0:
         if not progress.told_failure:
             print("\n".join(progress.tail))
