@@ -318,12 +318,14 @@ def test_a_start_that_fails_leaves_nothing_behind(node, tools, tmp_path):
     controller = tmp_path / "bin" / "slurmctld"
     controller.write_text(f"#!/bin/sh\necho {daemon.pid} >{tmp_path}/unmask-slurm/slurmctld.pid\n")
     # Reaped at once, as by the init of a daemon's own, for the script waits until it is gone.
-    waiting = threading.Thread(target=daemon.wait)
+    waiting = threading.Thread(target=daemon.wait, daemon=True)
     waiting.start()
     with hold(node) as (process, said):
         assert said is None and process.wait(timeout=30) == 1
     waiting.join(timeout=10)
-    assert daemon.returncode == -signal.SIGTERM and left(tmp_path) == []
+    stopped = daemon.poll()
+    daemon.kill()
+    assert stopped == -signal.SIGTERM and left(tmp_path) == []
 
 
 def test_two_checkouts_do_not_use_slurm_at_once(node, tools, tmp_path):
