@@ -15,7 +15,8 @@ use_environment() { # [extra of pyproject.toml]
             "import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())")
         if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
             echo "Setting up .venv (once; this downloads PyTorch and can take some minutes) ..." >&2
-            "$python" -m venv .venv || {
+            # Half made, or made by another Python, it cannot be built upon.
+            "$python" -m venv $(compgen -G ".venv/installed*" >/dev/null || echo --clear) .venv || {
                 echo "Python's venv is missing: install it (on Debian or Ubuntu: apt install python3-venv)." >&2
                 return 1
             }

@@ -41,7 +41,7 @@ class SquareLocator:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def squares():
+def squares(tiny_checkpoint):  # which is made before, with the real locators
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preprocessing, "build_locator", lambda name, **_: SquareLocator())
         preprocessing._worker_locator.cache_clear()

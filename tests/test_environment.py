@@ -89,7 +89,7 @@ def test_otherwise_a_venv_is_made_once(tmp_path):
 *metadata*) exit 1;;
 *version_info*) exit 0;;
 *hashlib*) cat >/dev/null; echo hash;;
-"-m venv .venv")
+"-m venv --clear .venv")
     mkdir -p .venv/bin
     printf '#!/bin/bash\\necho "$@" >>calls' >.venv/bin/python3
     chmod +x .venv/bin/python3;;

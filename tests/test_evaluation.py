@@ -321,6 +321,7 @@ def test_a_fact_that_tells_the_label_is_found(tiny_world):
     assert (told.loc[(slice(None), slice(None), "frames"), "auc"] == 1).all()
     gone = manifest.assign(path=manifest["path"].where(manifest.index > 5, "gone.mp4"))
     assert leaks.file_facts(gone, tiny_world / "manifest.parquet")["pixels"].isna().any()
+    assert leaks.metadata_auc(leaks.file_facts(manifest[:0], tiny_world / "manifest.parquet")).empty
 
 
 def test_a_forest_on_the_files_alone_finds_a_leak_of_the_train_split_and_nothing_else(tiny_world):

@@ -303,14 +303,15 @@ def test_refusals_come_before_any_work(world, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_missing_annotations_are_reasons(world, tmp_path):
+def test_missing_annotations_are_reasons(world, tmp_path, capsys):
     (tmp_path / "clip 0.mp4.npz").unlink()
     (tmp_path / "clip 1.mp4.npz").write_bytes(b"x")
     reasons = preprocess(world, tmp_path / "out", frames=1, workers=0)["reason"]
     assert reasons[0] == "annotation file not found" and "not an .npz" in reasons[1]
     path = manifest(tmp_path, ["clip 3.mp4"], annotated=False)
-    items = preprocess(path, tmp_path / "b", frames=1, workers=0)
-    assert items["reason"].tolist() == ["no annotations in the manifest"]
+    with pytest.raises(LocatorError, match="--locator yunet"):  # and what was cut by another locator stays
+        preprocess(path, tmp_path / "out", frames=1, workers=0)
+    assert "settings have changed" not in capsys.readouterr().err and len(read_index(tmp_path / "out"))
 
 
 def test_jpeg_crops(world, tmp_path):

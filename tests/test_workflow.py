@@ -174,6 +174,7 @@ def test_list_and_dry_run_leave_everything_alone(tree):
         (["--profile", "dmo"], "there are demo, tiny"),
         (["--only", "44"], "No chapter 44"),
         (["--from", "44"], "No chapter from 44 on"),
+        (["--from", "01_secon"], "No chapter 01_secon; there are"),
         (["--data", "nowhere"], "no such folder"),
     ],
 )

@@ -16,7 +16,7 @@ FACTS = ("pixels", "frames", "fps", "bits_per_pixel")
 
 def file_facts(manifest: pd.DataFrame, manifest_path: Path) -> pd.DataFrame:
     """Frame size, length, rate, bits per pixel and codec of every medium; unreadable ones have missing values."""
-    rows = []
+    rows, keys = [], ("item_id", "dataset", "split", "kind", "label", "method", "group_id")
     for row in track(manifest.to_dict("records"), label="reading headers"):
         path = media_path(row, manifest_path)
         facts = dict.fromkeys(FACTS, np.nan) | {"codec": ""}
@@ -28,9 +28,8 @@ def file_facts(manifest: pd.DataFrame, manifest_path: Path) -> pd.DataFrame:
             pixels = info.width * info.height
             facts = {"pixels": pixels, "frames": info.frames, "fps": info.fps, "codec": info.codec}
             facts["bits_per_pixel"] = 8 * size / max(1, pixels * max(1, info.frames))
-        keys = ("item_id", "dataset", "split", "kind", "label", "method", "group_id")
         rows.append({**{k: row[k] for k in keys}, **facts})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=[*keys, *FACTS, "codec"])
 
 
 def metadata_auc(facts: pd.DataFrame, draws: int = 1000, level: float = 0.95) -> pd.DataFrame:

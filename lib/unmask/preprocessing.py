@@ -350,6 +350,8 @@ def preprocess(
     settings = Settings(locator, stamp, frames, size, margin, align, deadline, encoding, 1, sampling=sampling, fps=fps)
     settings = replace(settings, shards=shard[1] if shard else _shards_of(out / "settings.json", settings) or 1)
     listed = read_manifest(manifest_path)
+    if locator == AnnotationLocator.name and not listed["annotations"].any():
+        raise LocatorError("No medium of this manifest has annotations of faces: let --locator yunet find them.")
     _prepare(out, settings)
     numbers = [shard[0]] if shard else range(settings.shards)
     own = {}

@@ -320,7 +320,8 @@ def choose(plan: dict[str, Any], chapters: Sequence[Chapter], options: argparse.
     wanted = [maker(only, plan, root) if ":" in only else select(chapters, only).stem for only in options.only]
     forced = set(wanted)
     if options.start:
-        forced |= {chapter.stem for chapter in chapters if chapter.number >= options.start.zfill(2)}
+        first = options.start if options.start.isdecimal() else select(chapters, options.start).number
+        forced |= {chapter.stem for chapter in chapters if chapter.number >= first.zfill(2)}
         if not forced:
             raise WorkflowError(f"No chapter from {options.start} on; the last is {chapters[-1].stem}.")
     needed = _with_needs(wanted, chapters) if wanted else {chapter.stem for chapter in chapters}
