@@ -43,7 +43,7 @@ def _explained(options: argparse.Namespace) -> int:
         if not (options.panel or own.is_file()):
             raise ProfileError(
                 f"No panel of profile {options.profile} is here yet: ./run_all.sh --profile {options.profile} leaves "
-                "one. A study of your own media has its own: --panel data/work/RUN/panel.json; or name --checkpoint CKPT."
+                "one. A study of your own media has its own: --panel data/work/RUN/panel.json; or name a --checkpoint."
             )
         judges = panel.read(options.panel or own)
     table = explain(options.media, judges, options.out, options.locator, options.workers or 1)
