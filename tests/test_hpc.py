@@ -197,7 +197,13 @@ def command(*options):
     return snakemake_command(Path("plan.json"), ROOT, parse_options(options), [], [])
 
 
-def test_the_call_of_snakemake(tools):
+@pytest.fixture
+def executor(monkeypatch):
+    """Snakemake's executor counts as installed, whether it is or not."""
+    monkeypatch.setattr(slurm.importlib.util, "find_spec", lambda name: name)
+
+
+def test_the_call_of_snakemake(tools, executor):
     tools("squeue")
     tools("sinfo", "(null)\n")
     given = command("--slurm")
@@ -210,7 +216,7 @@ def test_the_call_of_snakemake(tools):
     assert local[local.index("--cores") + 1] == "1" and "--profile" not in local
 
 
-def test_jobs_of_a_killed_run_are_waited_for(tools):
+def test_jobs_of_a_killed_run_are_waited_for(tools, executor):
     tools("sinfo")
     tools("squeue", f"12 rule_chapter_05_convnext {ROOT}\n13 rule_chapter_05_convnext /elsewhere\n14 (null) {ROOT}\n")
     with pytest.raises(WorkflowError, match="jobs 12[.] .* scancel 12$"):

@@ -357,7 +357,7 @@ def test_the_command_line_tells_in_one_line(error, told, monkeypatch, capsys):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(cli, "load_profile", fail)
+    monkeypatch.setattr("unmask.commands.options.load_profile", fail)
     assert cli.main(["evaluate", "scores", "manifest", "--out", "table.csv"]) == 2
     shown = capsys.readouterr().err
     assert shown.startswith(f"unmask: {told}") and shown.count("\n") == 1
